@@ -1,0 +1,233 @@
+"""The schema of ``run.json``, the one record of a run, from which the report and the final table are drawn.
+
+Written to ``STORE/runs/ID/run.json`` after every stage (temporary file, then rename), so that it is whole at any
+moment, also when the run fails, is interrupted or does not pass the gate. All values are JSON; times are UTC in
+ISO 8601; durations are seconds; sizes are bytes; rates are tokens per second. Fields that are not known yet are
+``None`` or empty, never absent. `write` and `read` move it to and from disk; this module knows nothing of stages.
+
+Worked example (shortened)::
+
+    {"schema": 1, "id": "20261123-205716-quickstart", "status": "done", "seconds": 212.4,
+     "stages": [{"name": "model.distillation.logits", "step": 7, "key": "9f..", "cached": false, "seconds": 95.1,
+                 "peak_memory_bytes": 911000000, "metrics": {"parameters": 800000}, "notes": [], ...}],
+     "funnel": [{"step": "data.selection.dedup", "rows_in": 6000, "rows_out": 5200, "dropped": {"exact": 300,
+                 "near": 500}, "added": 0}],
+     "ledger": {"metric": "exact_match", "higher_is_better": true, "most_lost": "model.quantization.gptq",
+                "entries": [{"step": "teacher", "loss": 0.0, ...}, ...]},
+     "gate": {"passed": true, "most_lost": "model.quantization.gptq", "limits": [...]}, ...}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from compress.errors import StoreError, UserError
+
+SCHEMA = 1
+
+Status = Literal["running", "done", "gate_failed", "failed", "interrupted"]
+
+
+class StageRecord(TypedDict):
+    """One stage of the run, in the order of execution; stages not reached yet are listed with state ``waiting``."""
+
+    name: str  # "model.distillation.logits"; evaluations also say of what: "evaluate.model after model.pruning"
+    stage: str  # "model.distillation"
+    method: str  # "logits"
+    step: int | None  # index in the profile's `steps`, None for the implicit stages
+    key: str  # artifact key, hex
+    path: str | None  # artifact folder, None until it stands
+    state: Literal["waiting", "running", "done", "failed"]
+    cached: bool  # taken from the store
+    seconds: float | None  # of this run; for a hit the seconds that making it once took
+    peak_memory_bytes: int | None  # resident set of the process at its highest during the stage; for a hit, then
+    metrics: dict[str, Any]  # StageResult.metrics
+    notes: list[str]  # StageResult.notes: what gave way
+    params: dict[str, Any]  # all parameters, defaults included
+    inputs: dict[str, str]  # slot -> artifact key, or digest of an outside file or folder
+
+
+class FunnelStep(TypedDict):
+    """Rows through one data stage; rows_in - sum(dropped) + added == rows_out."""
+
+    step: str
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]  # reason -> count
+    added: int
+
+
+class Measure(TypedDict):
+    """A mean over test rows with its bootstrap interval; low and high are None where no interval is made."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class LedgerEntry(TypedDict):
+    """Quality after one step that made or changed the model, and what that step cost."""
+
+    step: str  # "teacher", "model.distillation.logits", ..., "bundle"
+    parameters: int | None
+    bytes: int | None  # teacher: as fp32; checkpoints: the safetensors files; bundle: the whole folder
+    metrics: dict[str, Measure]
+    loss: float | None  # quality given up against the entry before, in the ledger's metric; positive is worse
+    loss_low: float | None  # paired bootstrap interval of the loss
+    loss_high: float | None
+
+
+class Ledger(TypedDict):
+    """The loss ledger: which step cost how much quality."""
+
+    metric: str  # the metric of `loss`
+    higher_is_better: bool
+    entries: list[LedgerEntry]
+    most_lost: str | None  # the step with the largest loss, None when none lost anything
+
+
+class LimitRecord(TypedDict):
+    """One limit of the gate."""
+
+    metric: str
+    limit: str  # in words: "at most 0.02 below the teacher"
+    comparison: str  # "max_drop", "min_ratio", "min", "max", ...
+    limit_value: float
+    value: float  # the compared figure: the drop, the ratio, or the plain value
+    low: float | None
+    high: float | None
+    measured: float | None  # of the bundle
+    teacher: float | None  # of the teacher
+    passed: bool
+
+
+class GateRecord(TypedDict):
+    """The verdict on what ships."""
+
+    passed: bool
+    limits: list[LimitRecord]
+    most_lost: str | None  # the stage that lost most
+
+
+class BenchRecord(TypedDict):
+    """Speed of one subject on one machine at stated lengths; medians over the repeats."""
+
+    subject: str  # "teacher", "student", "bundle"
+    runtime: str  # "torch fp32", "onnxruntime-genai int4", ...
+    device: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    warmup: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_s: float
+    peak_memory_bytes: int | None
+    weight_bytes: int | None  # read for every decoded token
+    memory_bandwidth_bytes_per_s: float | None  # measured on this machine
+    read_bound_tokens_per_s: float | None  # bandwidth / weight_bytes
+
+
+class SummaryRow(TypedDict):
+    """One row of the final table: teacher, student, bundle."""
+
+    subject: str
+    parameters: int | None
+    bytes: int | None
+    metric: str | None
+    quality: Measure | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    first_token_s: float | None
+    peak_memory_bytes: int | None
+
+
+class EstimateRecord(TypedDict):
+    """What `plan` foretold and what came out."""
+
+    what: str  # "bundle size", "decode", "time", "peak memory", "parameters"
+    unit: str  # "bytes", "tokens/s", "s"
+    estimated: float
+    measured: float | None
+
+
+class CurveRecord(TypedDict):
+    """A training log. ``path`` is the JSON-lines file in the artifact; ``points`` at most 200 of its lines."""
+
+    step: str
+    path: str
+    points: list[dict[str, float]]  # {"step": .., "loss": .., "kd_loss": .., "learning_rate": ..} as logged
+
+
+class ErrorRecord(TypedDict):
+    """Why a run failed."""
+
+    kind: str  # class name
+    message: str
+    stage: str | None
+
+
+class RunRecord(TypedDict):
+    """The whole of ``run.json``."""
+
+    schema: int
+    id: str
+    status: Status
+    started: str
+    finished: str | None
+    seconds: float
+    profile: dict[str, Any]  # {"name", "path", "description", "values": all values with defaults}
+    teacher: dict[str, Any]  # {"name", "path", "identity", "parameters", "bytes"}
+    target: dict[str, Any] | None  # {"name", ...facts of the device}
+    versions: dict[str, str]  # package -> version, "python" and "edgestill" included
+    device: dict[str, Any]  # {"cpu", "cores", "threads", "memory_bytes", "instruction_sets", "system"}
+    stages: list[StageRecord]
+    funnel: list[FunnelStep]
+    ledger: Ledger | None
+    gate: GateRecord | None
+    bench: list[BenchRecord]
+    summary: list[SummaryRow]
+    estimates: list[EstimateRecord]
+    curves: list[CurveRecord]
+    bundle: str | None  # folder of the bundle
+    report: str | None  # path of report.html
+    verdict: str  # one sentence
+    error: ErrorRecord | None
+
+
+def write(record: RunRecord, path: Path) -> None:
+    """Write ``record`` as ``path``, whole or not at all.
+
+    Raises:
+        StoreError: the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise StoreError(str(path), error.strerror or str(error), do="Choose another place with --store.") from error
+
+
+def read(path: Path) -> RunRecord:
+    """Read a run record.
+
+    Raises:
+        UserError: no such file, not JSON, or of another schema.
+    """
+    try:
+        record: RunRecord = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(str(path), error.strerror or str(error), do="See: edgestill ls runs") from error
+    except ValueError as error:
+        raise UserError(str(path), f"not JSON ({error})", "a run.json written by edgestill") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(str(path), "not a run record of this version", f"schema {SCHEMA}")
+    return record
