@@ -1,0 +1,27 @@
+"""edgestill's core: a profile in, proven artifacts out. ``from compress import load_profile, run``.
+
+Importing this package loads neither torch nor pydantic; the two names load on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.pipeline import run as run
+    from compress.profile import load_profile as load_profile
+
+__all__ = ["load_profile", "run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_profile":
+        from compress.profile import load_profile
+
+        return load_profile
+    if name == "run":
+        from compress.pipeline import run
+
+        return run
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")
