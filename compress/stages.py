@@ -33,7 +33,8 @@ class Stage:
         reads: slots that must be there.
         optional: slots that are handed over when they are there.
         writes: the slot that the artifact fills.
-        uses: outside facts that the stage sees and its key therefore holds: ``teacher`` ``tokenizer`` ``target``.
+        uses: outside facts that the stage sees and its key therefore holds: ``teacher`` (weights, tokenizer and
+            chat template), ``tokenizer`` (those two alone), ``target``, ``device`` (this machine and its threads).
         summary: one line for ``edgestill ls stages``.
     """
 
@@ -222,8 +223,18 @@ STAGES: tuple[Stage, ...] = (
         "deploy.bench:bench",
         reads=("bundle",),
         writes="bench",
-        uses=("target",),
+        uses=("target", "device"),
         summary="prefill and decode tokens/s, first-token time and peak memory on this machine",
+    ),
+    Stage(
+        "deploy.bench",
+        "checkpoint",
+        "compress.assessment_params:CheckpointBenchParams",
+        "compress.checkpoint_bench:bench",
+        reads=("model",),
+        writes="bench",
+        uses=("device",),
+        summary="the same figures of a checkpoint in torch, for comparison",
     ),
 )
 

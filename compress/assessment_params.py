@@ -1,0 +1,73 @@
+"""Parameters of evaluation and of the gate; imports only pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compress.context import Params
+
+Task = Literal["function_call", "perplexity", "agreement"]
+Comparison = Literal["min", "max", "max_drop", "max_rise", "min_ratio", "max_ratio"]
+
+# Metrics of which less is better; of every other one more is better.
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl", "bundle_bytes", "parameters", "bytes"})
+
+
+class EvaluateParams(Params):
+    """What is measured on the test rows, and on how many of them."""
+
+    tasks: list[Task] = Field(
+        default_factory=lambda: ["perplexity", "agreement"], min_length=1, description="what to measure"
+    )
+    rows: int = Field(1000, ge=1, description="test rows for the task metrics, a seeded sample of them all")
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="longest answer that is generated")
+    max_tokens: int = Field(512, ge=8, description="longest row, in tokens; longer text rows are cut")
+    perplexity_rows: int = Field(200, ge=1, description="rows for perplexity and agreement, first of the sample")
+
+
+class LimitParams(Params):
+    """One limit: a metric and exactly one comparison."""
+
+    metric: str = Field(description="name of a measured metric, or parameters, or bundle_bytes")
+    min: float | None = Field(None, description="the bundle's value is at least this")
+    max: float | None = Field(None, description="the bundle's value is at most this")
+    max_drop: float | None = Field(None, ge=0, description="at most this far below the teacher")
+    max_rise: float | None = Field(None, ge=0, description="at most this far above the teacher")
+    min_ratio: float | None = Field(None, gt=0, description="teacher / bundle is at least this")
+    max_ratio: float | None = Field(None, gt=0, description="bundle / teacher is at most this")
+
+    @model_validator(mode="after")
+    def _one_comparison(self) -> LimitParams:
+        given = [name for name in Comparison.__args__ if getattr(self, name) is not None]  # type: ignore[attr-defined]
+        if len(given) != 1:
+            names = ", ".join(Comparison.__args__)  # type: ignore[attr-defined]
+            raise ValueError(f"exactly one of {names} is needed, got {len(given)}")
+        return self
+
+    @property
+    def comparison(self) -> tuple[Comparison, float]:
+        """The comparison that was given and its limit."""
+        for name in Comparison.__args__:  # type: ignore[attr-defined]
+            value = getattr(self, name)
+            if value is not None:
+                return name, float(value)
+        raise AssertionError("validated above: one comparison is given")
+
+
+class GateParams(Params):
+    """The limits and how sure the judgement must be."""
+
+    limits: list[LimitParams] = Field(default_factory=list, description="all must hold")
+    samples: int = Field(10_000, ge=100, description="bootstrap samples")
+    level: float = Field(0.95, gt=0.5, lt=1.0, description="confidence level of the intervals")
+
+
+class CheckpointBenchParams(Params):
+    """Lengths at which a checkpoint is timed in torch, for the table beside the bundle."""
+
+    prompt_tokens: int = Field(32, ge=1, description="tokens of the prompt")
+    new_tokens: int = Field(64, ge=1, description="tokens that are generated")
+    repeats: int = Field(3, ge=1, description="measured repeats; the median counts")
+    warmup: int = Field(1, ge=0, description="repeats before that are not measured")
