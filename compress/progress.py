@@ -45,7 +45,7 @@ class Progress:
         """Print one line, above any bar."""
         if not self.quiet:
             clear = "\r\x1b[2K" if self.terminal else ""
-            print(f"{clear}{self.prefix}{text}", file=self.stream, flush=True)  # noqa: T201 - this is the output layer
+            print(f"{clear}{self.prefix}{text}", file=self.stream, flush=True)
 
     def draw(self, bar: Bar, now: float, note: str) -> None:
         """Draw ``bar`` as it stands at ``now`` (seconds of ``time.monotonic``)."""

@@ -43,7 +43,8 @@ OUT_OF_SCOPE = "none"
 
 PHRASINGS: dict[str, list[str]] = {
     "set_light": [
-        "(dim|set|turn|bring|put|adjust|change) (the|my|) {room} (lights|light|lamp|lighting) (to|down to|up to) {level}(| percent)",
+        "(dim|set|turn|bring|put|adjust|change) (the|my|) {room} (lights|light|lamp|lighting) "
+        "(to|down to|up to) {level}(| percent)",
         "(make|set) the (lights|lamp|light) in the {room} {level} percent( bright|)",
         "{room} (lights|lamp|light) (to|at) {level}(| percent)",
         "(i want|i need|give me) {level} percent (light|brightness) in the {room}",

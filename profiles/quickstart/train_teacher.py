@@ -114,8 +114,8 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, fresh / "weights.safetensors")
-    state = optimizer.state_dict()["state"]
-    save_file({f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}, fresh / "adam.safetensors")
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    save_file(moments, fresh / "adam.safetensors")
     (fresh / "step.json").write_text(json.dumps({"step": step}))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(fresh, folder)
@@ -175,7 +175,8 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         seen += int((weight > 0).sum())
         if step % 50 == 49 or step == args.steps - 1:
-            line = {"step": step + 1, "loss": round(loss.item(), 4), "answer_loss": round(token_loss[answer].mean().item(), 5)}
+            line = {"step": step + 1, "loss": round(loss.item(), 4)}
+            line["answer_loss"] = round(token_loss[answer].mean().item(), 5)
             line["tokens_per_s"] = round(seen / (time.monotonic() - started))
             if step % 200 == 199 or step == args.steps - 1:
                 line["exact_match_train_side"] = exact_match(model, held, device)

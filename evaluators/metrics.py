@@ -1,0 +1,106 @@
+"""Scores of generated text against a reference, one value per row.
+
+`score_calls` is for answers that are one function call in JSON (``{"name": ..., "args": {...}}``);
+`score_text` for any other text; `sequence_nll` sums up token losses. Per-row arrays come back, never a mean,
+so that two models can be compared row by row (`bootstrap.paired_difference`). Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+CALL_METRICS = ("exact_match", "function_accuracy", "argument_f1", "valid_json")
+TEXT_METRICS = ("exact_text", "token_f1")
+
+
+def no_constant(text: str) -> Any:
+    """Refuse NaN and Infinity, which Python reads and JSON forbids."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that gives a key twice: readers disagree on which one counts."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def parse_call(text: str) -> dict[str, Any] | None:
+    """The call as ``{"name": str, "args": dict}``, or None when ``text`` is not exactly one call."""
+    try:
+        call = json.loads(text, parse_constant=no_constant, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or set(call) - {"name", "args"}:
+        return None
+    args = call.get("args", {})
+    return {"name": call["name"], "args": args} if isinstance(args, dict) else None
+
+
+def typed(value: Any) -> str:
+    """A value with its JSON type, so that 1, 1.5, "1" and true stay apart; 1 and 1.0 are the same number."""
+    if isinstance(value, float) and value.is_integer() and math.isfinite(value):
+        value = int(value)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def argument_f1(predicted: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """F1 over (name, value) pairs; two calls without arguments agree fully."""
+    if not predicted and not wanted:
+        return 1.0
+    hits = sum(1 for key, value in predicted.items() if key in wanted and typed(value) == typed(wanted[key]))
+    return 2 * hits / (len(predicted) + len(wanted))
+
+
+def score_calls(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+    """Score predicted calls, each metric an array (rows,) with values in 0..1.
+
+    ``exact_match``: same name and the same arguments with the same types, in any order.
+    ``function_accuracy``: same name. ``argument_f1``: 0 where the name is wrong. ``valid_json``: it parses as
+    one call. Raises ValueError when the lengths differ or a *reference* is no call.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    scores: dict[str, Array] = {name: np.zeros(len(references)) for name in CALL_METRICS}
+    for i, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
+        wanted = parse_call(reference)
+        if wanted is None:
+            raise ValueError(f"reference {i} is not a call: {reference[:80]!r}")
+        call = parse_call(predicted)
+        if call is None:
+            continue
+        scores["valid_json"][i] = 1.0
+        if call["name"] == wanted["name"]:
+            scores["function_accuracy"][i] = 1.0
+            scores["argument_f1"][i] = argument_f1(call["args"], wanted["args"])
+            scores["exact_match"][i] = float(same_args(call["args"], wanted["args"]))
+    return scores
+
+
+def same_args(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether both hold the same argument names with equal typed values."""
+    return left.keys() == right.keys() and all(typed(left[k]) == typed(right[k]) for k in left)
+
+
+def score_text(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+    """Score free text: ``exact_text`` (after stripping) and ``token_f1`` (bag of words, SQuAD style)."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    exact, f1 = np.zeros(len(references)), np.zeros(len(references))
+    for i, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
+        exact[i] = float(predicted.strip() == reference.strip())
+        left, right = predicted.lower().split(), reference.lower().split()
+        if not left and not right:
+            f1[i] = 1.0
+            continue
+        common = sum((Counter(left) & Counter(right)).values())
+        f1[i] = 2 * common / (len(left) + len(right))
+    return {"exact_text": exact, "token_f1": f1}
