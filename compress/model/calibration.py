@@ -1,0 +1,72 @@
+"""Calibration batches: a seeded sample of token rows, padded on the right, as tensors.
+
+`batches` draws rows up to a token budget. Importances and quantization read the same batches.
+Knows nothing of files or tokenizers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from compress.errors import DataError
+
+
+class TokenIds(Protocol):
+    """What is needed of `compress.encoding.TokenRow`."""
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def answer(self) -> tuple[int, ...]: ...
+
+
+class Batch(NamedTuple):
+    """Right-padded rows. All three are int64 of shape (B, T); the masks are 1 where a token is real / a target."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer: torch.Tensor
+
+
+def batches(rows: Sequence[TokenIds], *, tokens: int, batch_size: int, seed: int, pad_id: int) -> list[Batch]:
+    """Return batches of whole rows drawn without repetition until at least ``tokens`` tokens are in them.
+
+    Rows of similar length share a batch, so that little is padding. Raises DataError when there is no row.
+    """
+    drawn = sample(rows, tokens=tokens, seed=seed)
+    if not drawn:
+        raise DataError("calibration", "no rows", "at least one row with two tokens")
+    drawn.sort(key=lambda row: len(row.ids))  # stable: equal lengths keep the drawn order
+    return [padded(drawn[i : i + batch_size], pad_id=pad_id) for i in range(0, len(drawn), batch_size)]
+
+
+def sample(rows: Sequence[TokenIds], *, tokens: int, seed: int) -> list[TokenIds]:
+    """Return rows in a seeded random order until at least ``tokens`` tokens are drawn; one-token rows are left out."""
+    order = [row for row in rows if len(row.ids) > 1]  # one token predicts nothing
+    random.Random(seed).shuffle(order)  # noqa: S311 - sampling, not secrets
+    drawn: list[TokenIds] = []
+    total = 0
+    for row in order:
+        if total >= tokens:
+            break
+        drawn.append(row)
+        total += len(row.ids)
+    return drawn
+
+
+def padded(rows: Sequence[TokenIds], *, pad_id: int) -> Batch:
+    """Return one right-padded batch of ``rows``."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    answer = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = 1
+        answer[i, : len(row.ids)] = torch.tensor(row.answer)
+    return Batch(ids, mask, answer)
