@@ -11,9 +11,6 @@ from compress.context import Params
 Task = Literal["function_call", "perplexity", "agreement"]
 Comparison = Literal["min", "max", "max_drop", "max_rise", "min_ratio", "max_ratio"]
 
-# Metrics of which less is better; of every other one more is better.
-LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl", "bundle_bytes", "parameters", "bytes"})
-
 
 class EvaluateParams(Params):
     """What is measured on the test rows, and on how many of them."""

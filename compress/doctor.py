@@ -186,7 +186,5 @@ def examine(store: Path) -> list[Finding]:
     if facts["memory_bytes"] < 3 * 2**30:
         findings[4] = Finding("memory", findings[4].value, "warning", "the quickstart needs 3 GiB")
     if not facts["instruction_sets"]:
-        findings[3] = Finding(
-            "instruction sets", "unknown", "warning", "no /proc/cpuinfo: speed cannot be told"
-        )
+        findings[3] = Finding("instruction sets", "unknown", "warning", "no /proc/cpuinfo: speed cannot be told")
     return findings + _package_findings()

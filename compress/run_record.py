@@ -97,12 +97,14 @@ class LimitRecord(TypedDict):
     limit: str  # in words: "at most 0.02 below the teacher"
     comparison: str  # "max_drop", "min_ratio", "min", "max", ...
     limit_value: float
-    value: float  # the compared figure: the drop, the ratio, or the plain value
+    value: float | None  # the compared figure: the drop, the ratio, or the plain value; None: not measured
+    judged: float | None  # the end of its interval that was held against the limit, the pessimistic one
     low: float | None
     high: float | None
     measured: float | None  # of the bundle
     teacher: float | None  # of the teacher
     passed: bool
+    reason: str  # one line in words
 
 
 class GateRecord(TypedDict):

@@ -211,7 +211,7 @@ STAGES: tuple[Stage, ...] = (
         "evaluate",
         "gate",
         "compress.assessment_params:GateParams",
-        "compress.assessment:judge",
+        "compress.judgement:judge",
         reads=("evaluations",),
         writes="verdict",
         summary="paired bootstrap against the teacher, the loss ledger, the verdict",

@@ -1,0 +1,83 @@
+"""Digests of what comes from outside the store: files of rows, the teacher, its tokenizer, the target, this machine.
+
+An artifact's key holds these, so that a changed file, tokenizer, chat template or target makes new artifacts.
+Digests are of contents, never of paths or times; those of files are remembered by the store. Imports neither torch
+nor transformers, because a run that is all hits must not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import DataError, ModelError
+
+FileDigest = Callable[[Path], str]
+
+# What decides how a model reads and writes text; chat_template.jinja may stand alone or inside tokenizer_config.json.
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    }
+)
+# A model's README or training log is no part of what it computes.
+MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``: blind to the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_identity(path: Path, file_digest: FileDigest) -> str:
+    """Digest of a file of rows or of all files below a folder; a hub name (no such path) stands for itself.
+
+    Raises:
+        DataError: the path does not exist and does not look like a hub name, or is an empty folder.
+    """
+    if path.is_file():
+        return digest_of({"file": file_digest(path), "suffix": path.suffix})
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise DataError(str(path), "an empty folder", "a file or folder of rows")
+        return digest_of({"folder": {str(file.relative_to(path)): file_digest(file) for file in files}})
+    if not path.is_absolute() and len(path.parts) == 2 and not path.suffix:
+        return digest_of({"hub": path.as_posix()})
+    raise DataError(str(path), "no such file or folder", do="Relative paths start at the profile's folder.")
+
+
+def model_identity(folder: Path, file_digest: FileDigest) -> str:
+    """Digest of a model folder: configuration, weights, tokenizer and chat template.
+
+    Raises:
+        ModelError: the folder does not exist or holds no ``config.json``.
+    """
+    if not (folder / "config.json").is_file():
+        got = "no such folder" if not folder.is_dir() else "no config.json in it"
+        raise ModelError(str(folder), got, "a Hugging Face model folder with config.json and model.safetensors")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in MODEL_SUFFIXES)
+    return digest_of({file.name: file_digest(file) for file in files})
+
+
+def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:
+    """Digest of the tokenizer and chat template of a model folder."""
+    files = sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return digest_of({file.name: file_digest(file) for file in files})
+
+
+def device_identity(facts: Mapping[str, Any]) -> str:
+    """Digest of what a benchmark's figures depend on: cpu, cores, threads, memory, instruction sets."""
+    return digest_of(dict(facts))

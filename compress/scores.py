@@ -1,0 +1,136 @@
+"""Scores per test row, kept so that two models can be compared row by row, and figures drawn from them.
+
+A `Scores` file holds, for every metric, one numerator and one weight per row: an exact match is (0 or 1, 1), a loss
+is (nats, tokens). The metric's value is the ratio of the sums, for perplexity the exponential of it. `measure` gives
+value and interval, `difference` the paired difference of two files (Efron & Tibshirani 1993, chapter 8: pairs are
+resampled together). Knows nothing of how a row was scored, of models, or of limits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import StoreError
+from compress.run_record import Measure
+from evaluators.bootstrap import Interval, percentiles, resampled_sums
+
+Array = NDArray[np.float64]
+
+FILE = "scores.json"
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl"})
+EXPONENTIAL = frozenset({"perplexity"})  # exp of the mean loss
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of ``metric`` is better."""
+    return metric not in LOWER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Row scores of one subject.
+
+    Attributes:
+        subject: ``teacher``, ``model`` or ``bundle``.
+        parameters: of the model; None where nobody tells.
+        bytes: teacher: as fp32; checkpoint: its weights; bundle: what is copied to the device.
+        ids: metric -> ids of the rows that were scored, in order.
+        sums: metric -> numerators (rows,).
+        weights: metric -> weights (rows,).
+    """
+
+    subject: str
+    parameters: int | None
+    bytes: int | None
+    ids: dict[str, list[str]] = field(default_factory=dict)
+    sums: dict[str, Array] = field(default_factory=dict)
+    weights: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, in the order they were added."""
+        return list(self.sums)
+
+    def add(self, metric: str, ids: Sequence[str], sums: Array, weights: Array | None = None) -> None:
+        """Add a metric; weights of 1 when left out."""
+        assert len(ids) == len(sums) > 0, f"{metric}: one value per row is needed"
+        self.ids[metric], self.sums[metric] = list(ids), np.asarray(sums, dtype=np.float64)
+        self.weights[metric] = np.ones(len(sums)) if weights is None else np.asarray(weights, dtype=np.float64)
+
+    def value(self, metric: str) -> float:
+        """The metric's value over all rows."""
+        return float(_value(metric, self.sums[metric].sum(), self.weights[metric].sum()))
+
+    def write(self, folder: Path) -> None:
+        """Write ``scores.json``: sorted keys, so that equal scores give equal bytes."""
+        rows = {
+            name: {"ids": self.ids[name], "sums": self.sums[name].tolist(), "weights": self.weights[name].tolist()}
+            for name in self.metrics
+        }
+        document = {
+            "subject": self.subject,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "order": self.metrics,
+            "rows": rows,
+        }
+        (folder / FILE).write_text(json.dumps(document, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_scores(folder: Path) -> Scores:
+    """Read ``scores.json`` of an evaluation artifact.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    path = folder / FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        scores = Scores(document["subject"], document["parameters"], document["bytes"])
+        for name in document["order"]:
+            row = document["rows"][name]
+            scores.add(name, row["ids"], np.asarray(row["sums"]), np.asarray(row["weights"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            str(path), f"not readable ({error})", do="Remove the artifact's folder and run again."
+        ) from error
+    return scores
+
+
+def _value(metric: str, sums: float | Array, weights: float | Array) -> float | Array:
+    ratio = sums / weights
+    return np.exp(ratio) if metric in EXPONENTIAL else ratio
+
+
+def measure(scores: Scores, metric: str, *, seed: int, samples: int = 2000, level: float = 0.95) -> Interval:
+    """Value of ``metric`` with its bootstrap interval over rows."""
+    table = np.stack([scores.sums[metric], scores.weights[metric]], axis=1)
+    draws = resampled_sums(table, samples, seed)
+    draws = draws[draws[:, 1] > 0]
+    ends = percentiles(np.asarray(_value(metric, draws[:, 0], draws[:, 1])), level)
+    return Interval(scores.value(metric), *ends, len(table))
+
+
+def as_measure(interval: Interval) -> Measure:
+    """An interval in the run record's form."""
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.rows}
+
+
+def difference(
+    after: Scores, before: Scores, metric: str, *, seed: int, samples: int = 10_000, level: float = 0.95
+) -> Interval | None:
+    """Interval of ``value(after) - value(before)`` over the same rows; None when the rows are not the same."""
+    if metric not in after.sums or metric not in before.sums or after.ids[metric] != before.ids[metric]:
+        return None
+    columns = [after.sums[metric], after.weights[metric], before.sums[metric], before.weights[metric]]
+    draws = resampled_sums(np.stack(columns, axis=1), samples, seed)
+    draws = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]
+    apart = _value(metric, draws[:, 0], draws[:, 1]) - _value(metric, draws[:, 2], draws[:, 3])
+    ends = percentiles(np.asarray(apart), level)
+    return Interval(after.value(metric) - before.value(metric), *ends, len(columns[0]))
