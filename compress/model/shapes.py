@@ -217,7 +217,7 @@ def nearest_shape(
         options = [pair for pair in options if pair[0] <= heads]
     if not options:
         raise ModelError(where, f"heads {heads}, kv_heads {kv_heads} with hidden {width}", "a larger head count")
-    pair = min(options, key=lambda option: _pair_rank(option, own))
+    pair = min(options, key=lambda option: _pair_rank(option, own, kv_heads))
     shape = StudentShape(
         layers=own.layers if layers is None else layers,
         heads=pair[0],
@@ -240,10 +240,10 @@ def _own_hidden(own: StudentShape) -> int:
     return own.hidden
 
 
-def _pair_rank(pair: tuple[int, int], own: StudentShape) -> tuple[int, int, int]:
-    """Most query heads first; among equals the teacher's own group width, then most key-value heads."""
-    same_width = pair[0] * own.kv_heads == pair[1] * own.heads
-    return (-pair[0], 0 if same_width else 1, -pair[1])
+def _pair_rank(pair: tuple[int, int], own: StudentShape, kv_heads: int | None) -> tuple[int, bool, int]:
+    """Most query heads first; among equals the asked kv_heads or else the teacher's group width, then most KV heads."""
+    fits = pair[1] == kv_heads if kv_heads is not None else pair[0] * own.kv_heads == pair[1] * own.heads
+    return (-pair[0], not fits, -pair[1])
 
 
 def _rounded(key: str, value: int | None, own: int, multiple_of: int, where: str) -> int:

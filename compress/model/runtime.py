@@ -1,0 +1,110 @@
+"""A torch model as a runtime: greedy generation in batches with a KV cache, and logits of one sequence.
+
+The same two calls exist for an exported bundle, so that one evaluation reads both. Works on token ids alone:
+knows nothing of tokenizers, rows or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from compress.errors import DataError
+
+
+class TorchRuntime:
+    """Greedy decoding and logits of ``model`` on its own device, ``batch_size`` prompts at a time."""
+
+    def __init__(self, model: PreTrainedModel, *, pad_id: int | None = None, batch_size: int = 32) -> None:
+        self.model = model.eval()
+        config_pad = getattr(model.config, "pad_token_id", None)
+        # Padded positions are masked out, so any valid id serves where the model names none.
+        self.pad_id = next((i for i in (pad_id, config_pad) if i is not None), 0)
+        self.batch_size = batch_size
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return int(self.model.config.max_position_embeddings)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, in order, without the stop token.
+
+        A continuation ends before a token of ``stop_ids``, after ``max_new_tokens``, or when the context is full.
+        Raises DataError for an empty prompt or one that fills the context.
+        """
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.context:
+                raise DataError(f"prompt {index}", f"{len(prompt)} tokens", f"1 to {self.context - 1}")
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+        results: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), self.batch_size):
+            picked = order[start : start + self.batch_size]
+            answers = self._generate([prompts[i] for i in picked], max_new_tokens, frozenset(stop_ids))
+            for index, answer in zip(picked, answers, strict=True):
+                results[index] = answer
+        return results
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: frozenset[int]
+    ) -> list[list[int]]:
+        ids, mask = _left_padded(prompts, self.pad_id)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T); a pad's position is never read
+        cache = DynamicCache(config=self.model.config)
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            output: Any = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            chosen = output.logits[:, -1].argmax(dim=-1)  # (B,)
+            keep: list[int] = []
+            for place, token in enumerate(chosen.tolist()):
+                row = running[place]
+                if token in stop_ids:
+                    continue
+                answers[row].append(token)
+                if len(prompts[row]) + len(answers[row]) < self.context:
+                    keep.append(place)
+            if not keep:
+                break
+            if len(keep) < len(running):  # rows that are done cost nothing more
+                picked = torch.tensor(keep, device=mask.device)
+                cache.batch_select_indices(picked)
+                chosen, mask, positions = chosen[picked], mask[picked], positions[picked]
+                running = [running[place] for place in keep]
+            ids = chosen.unsqueeze(1)
+            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+        return answers
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the fp32 logits (T, vocabulary) after each of the ``ids``; DataError when they exceed the context."""
+        if not 0 < len(ids) <= self.context:
+            raise DataError("logits", f"{len(ids)} tokens", f"1 to {self.context}")
+        output: Any = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False)
+        return np.asarray(output.logits[0].float().cpu().numpy())
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask (B, longest); padding stands left, so that every next token is the last column's."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask

@@ -1,0 +1,66 @@
+"""Batched greedy generation equals transformers' own generate, prompt by prompt."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from compress.errors import DataError
+from compress.model.checkpoint import TorchRuntime
+from tests.tiny import ARCHITECTURES, tiny_model
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[1, *(draw.randrange(5, 320) for _ in range(draw.randrange(1, 12)))] for _ in range(count)]
+
+
+def plain(model: object, prompt: list[int], new: int, stops: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(  # type: ignore[attr-defined]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    return out[:-1] if out and out[-1] in stops else out
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_generate_equals_transformers(arch: str, batch_size: int) -> None:
+    model = tiny_model(arch, seed=3, scale=0.5)
+    asked = prompts(9)
+    free = [plain(model, prompt, 12, [4]) for prompt in asked]
+    stops = [4, free[0][5], free[3][2]]  # rows must end at different steps
+    expected = [plain(model, prompt, 12, stops) for prompt in asked]
+    assert len({len(answer) for answer in expected}) > 2
+    got = TorchRuntime(model, batch_size=batch_size).generate(asked, 12, stops)
+    assert got == expected
+
+
+def test_generation_ends_where_the_context_ends() -> None:
+    model = tiny_model(positions=10)
+    runtime = TorchRuntime(model)
+    answers = runtime.generate([[1, 5, 6], [1, 7, 8, 9, 10, 11]], 50, ())
+    assert [len(answer) for answer in answers] == [7, 4]
+
+
+@pytest.mark.parametrize("length", [0, 10])
+def test_prompts_that_do_not_fit_are_refused(length: int) -> None:
+    with pytest.raises(DataError, match=f"prompt 1: {length} tokens; expected 1 to 9"):
+        TorchRuntime(tiny_model(positions=10)).generate([[1], [5] * length], 4, ())
+
+
+def test_logits_are_the_models() -> None:
+    model = tiny_model("qwen3")
+    ids = prompts(1)[0]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    got = TorchRuntime(model).logits(ids)
+    assert got.shape == (len(ids), 320)
+    assert torch.equal(torch.from_numpy(got), expected)
