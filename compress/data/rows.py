@@ -320,7 +320,8 @@ def folder_files(folder: Path, split: str | None = None) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    """Dot files, and the papers that come with data sets."""
+    return any(part.startswith(".") for part in path.parts) or path.name.upper().startswith(("README", "LICENSE"))
 
 
 def _read_file(reader: _Reader, path: Path, format: Format, *, source: str) -> None:
@@ -448,7 +449,8 @@ def _is_datasets_folder(path: Path) -> bool:
 def _is_hub_name(text: str) -> bool:
     owner, slash, name = text.partition("/")
     usable = all(part and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, name))
-    return bool(slash) and usable and Path(name).suffix not in FORMATS and not owner.startswith(".")
+    local = Path(owner).exists()  # then it is a misspelt path, and asking the hub for it only takes time
+    return bool(slash) and usable and not local and Path(name).suffix not in FORMATS and not owner.startswith(".")
 
 
 def _read_datasets(reader: _Reader, name: str, split: str | None) -> None:
