@@ -1,0 +1,297 @@
+"""Rows become token ids, in one place, so that training, scoring and evaluation see the same tokens.
+
+`encode_rows` gives `TokenRow` with the prediction targets marked, `encode_prompt` what a model is asked with,
+`bare_user_prefix` the template up to the user's slot, `stop_ids` what ends an answer, `decode` the text of an
+answer, `load_tokenizer` opens a folder. `token_rows` is the one door by which the model package gets rows.
+Knows nothing of models and tensors; transformers is imported on use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+
+from compress.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from compress.data.rows import Row
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, str]
+SLOT = "USERSLOT7f3a"  # stands where a message goes; plain letters, so that no template trims or escapes it
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One row as tokens.
+
+    ``answer`` has one entry per token: 1 where the token is a prediction target, that is the answer and its
+    end-of-turn token of a chat, and every token but the first of a text.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the first target."""
+        return self.ids[: self.answer.index(1)] if 1 in self.answer else self.ids
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are targets."""
+        return sum(self.answer)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Open the tokenizer of a model folder exactly as its ``tokenizer.json`` says; never from the network.
+
+    Raises:
+        ModelError: there is no ``tokenizer.json``, or it cannot be read.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            str(folder),
+            "no tokenizer.json in it",
+            "a model folder with a fast tokenizer",
+            "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    try:
+        # not AutoTokenizer: for some model types it swaps in its own splitting rules over those of the file
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(str(folder), f"the tokenizer cannot be read ({_first_line(error)})") from error
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        if type(error) is not Exception:
+            raise
+        raise ModelError(str(folder / "tokenizer.json"), f"cannot be read ({_first_line(error)})") from error
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, truncate: bool = False
+) -> list[TokenRow]:
+    """Encode ``rows``, one `TokenRow` each and in their order.
+
+    Chats go through the chat template; what stands after the last end-of-turn token (some templates add a line
+    feed) is left off. Texts get the BOS token, when the tokenizer has one, and no EOS. With ``truncate`` a longer
+    row loses its end, possibly all of its targets (``targets`` is then 0).
+
+    Raises:
+        DataError: a row is longer than ``max_tokens``, has no answer or no text, or does not fit the template.
+        ModelError: a chat, but the tokenizer has no chat template.
+    """
+    chats = [row for row in rows if row.messages]
+    by_id = dict(zip(map(id, chats), _encode_chats(chats, tokenizer), strict=True))
+    texts = [row for row in rows if not row.messages]
+    by_id.update(zip(map(id, texts), _encode_texts(texts, tokenizer), strict=True))
+    return [_fit(by_id[id(row)], max_tokens, truncate=truncate) for row in rows]
+
+
+def token_rows(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, truncate: bool = False
+) -> list[TokenRow]:
+    """Read a data artifact and encode its rows; rows that truncation left without a target are left out, and logged.
+
+    Raises:
+        DataError: no artifact, or no row with a target, or as `encode_rows`.
+    """
+    from compress.data.rows import read_rows  # pyarrow loads on use
+
+    encoded = encode_rows(read_rows(folder), tokenizer, max_tokens=max_tokens, truncate=truncate)
+    kept = [row for row in encoded if row.targets]
+    if len(kept) < len(encoded):
+        logger.warning(
+            "%d of %d rows have no answer within %d tokens", len(encoded) - len(kept), len(encoded), max_tokens
+        )
+    if not kept:
+        raise DataError(str(folder), f"no row with an answer within {max_tokens} tokens", do="Raise max_tokens")
+    return kept
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids of ``messages`` with the generation prompt behind them.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+        DataError: the template refuses these messages.
+    """
+    return _tokenize([_render(messages, tokenizer, "prompt", generation=True)], tokenizer)[0]
+
+
+def encode_text_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids of a text to be continued: BOS, when the tokenizer has one, and the text."""
+    return _with_bos(tokenizer([text])["input_ids"][0], tokenizer)
+
+
+def bare_user_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids of the chat template up to the place where a user's first message begins (Magpie).
+
+    Raises:
+        ModelError: no chat template, or the template does not show the user's message.
+    """
+    whole = _render([{"role": "user", "content": SLOT}], tokenizer, "template", generation=True)
+    before, found, _ = whole.partition(SLOT)
+    if not found or not before:
+        raise ModelError("chat template", "has no text before the user's message", "a template that marks the roles")
+    return _tokenize([before], tokenizer)[0]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast, role: str = "user") -> int | None:
+    """The special token that the template puts right after a message of ``role``; ``None`` when it puts none.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+    messages = [{"role": "user", "content": SLOT if role == "user" else "x"}]
+    if role == "assistant":
+        messages.append({"role": "assistant", "content": SLOT})
+    _, _, after = _render(messages, tokenizer, "template", generation=role == "user").partition(SLOT)
+    ids = _tokenize([after], tokenizer)[0]
+    return ids[0] if ids and ids[0] in _special(tokenizer) else None
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Tokens that end a generation: EOS, and the template's end of an assistant turn. Sorted."""
+    found = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        found.add(end_of_turn(tokenizer, "assistant"))
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def decode(ids: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Text of generated ids, without special tokens and without any tidying of spaces."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
+def _encode_chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
+    """Prefix and rest of every chat are tokenized apart only when the whole does not begin with the prefix."""
+    if not rows:
+        return []
+    prefixes, wholes = [], []
+    for row in rows:
+        if row.messages[-1]["role"] != "assistant":
+            raise DataError(f"row {row.id}", "the last message is not the assistant's", "a chat that ends in an answer")
+        prefix = _render(row.messages[:-1], tokenizer, f"row {row.id}", generation=True)
+        whole = _render(row.messages, tokenizer, f"row {row.id}", generation=False)
+        if not whole.startswith(prefix):
+            raise _not_a_prefix(row.id, prefix, whole)
+        prefixes.append(prefix)
+        wholes.append(whole)
+    prefix_ids, whole_ids = _tokenize(prefixes, tokenizer), _tokenize(wholes, tokenizer)
+    encoded = []
+    for row, prefix, whole, before, ids in zip(rows, prefixes, wholes, prefix_ids, whole_ids, strict=True):
+        rest = ids[len(before) :]
+        if ids[: len(before)] != before:
+            rest = _rest_apart(row.id, before, whole[len(prefix) :], ids, tokenizer)
+        rest = _without_tail(rest, tokenizer)
+        encoded.append(TokenRow(row.id, (*before, *rest), (0,) * len(before) + (1,) * len(rest)))
+    return encoded
+
+
+def _not_a_prefix(row_id: str, prefix: str, whole: str) -> ModelError:
+    at = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), min(len(prefix), len(whole)))
+    return ModelError(
+        f"chat template, row {row_id}",
+        f"the whole chat does not begin with its prompt: after {prefix[max(0, at - 20) : at]!r} the prompt goes on "
+        f"with {prefix[at : at + 20]!r} and the chat with {whole[at : at + 20]!r}",
+        "a template whose generation prompt is how an assistant turn begins",
+        "Correct the template, so that what is trained is what is asked",
+    )
+
+
+def _rest_apart(
+    row_id: str, before: list[int], rest: str, whole: list[int], tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    """Tokens of the answer alone, for when a token of the whole text straddles the end of the prompt.
+
+    Generation starts right behind the prompt's own tokens, so this is also how the model will write the answer.
+    """
+    ids = _tokenize([rest], tokenizer)[0]
+    if tokenizer.decode([*before, *ids]) != tokenizer.decode(whole):
+        raise ModelError(
+            f"tokenizer, row {row_id}",
+            "the answer cannot be tokenized apart from its prompt, and together a token straddles the two",
+            "a template whose generation prompt ends in a special token",
+        )
+    return ids
+
+
+def _without_tail(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Cut blank text after the last special token: nobody generates beyond the end of a turn."""
+    special = _special(tokenizer)
+    last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
+    return ids[: last + 1] if not tokenizer.decode(ids[last + 1 :]).strip() else ids
+
+
+def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
+    if not rows:
+        return []
+    encoded = []
+    for row, plain in zip(rows, tokenizer([row.text for row in rows])["input_ids"], strict=True):
+        ids = _with_bos(plain, tokenizer)
+        if len(ids) < 2:
+            raise DataError(f"row {row.id}", "the text gives no token to predict", "a text of at least one token")
+        encoded.append(TokenRow(row.id, tuple(ids), (0,) + (1,) * (len(ids) - 1)))
+    return encoded
+
+
+def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or (ids and ids[0] == bos) else [bos, *ids]
+
+
+def _fit(row: TokenRow, max_tokens: int, *, truncate: bool) -> TokenRow:
+    if len(row.ids) <= max_tokens:
+        return row
+    if not truncate:
+        raise DataError(
+            f"row {row.id}",
+            f"has {len(row.ids)} tokens",
+            f"at most {max_tokens} (max_tokens)",
+            "Raise max_tokens, set truncate, or drop long rows by data.selection heuristics",
+        )
+    return TokenRow(row.id, row.ids[:max_tokens], row.answer[:max_tokens])
+
+
+def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str, *, generation: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "tokenizer",
+            "has no chat template, but the rows are chats",
+            "chat_template.jinja or chat_template in tokenizer_config.json",
+            "Give the model folder a template, or use text rows",
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation
+        )
+    except TemplateError as error:
+        raise DataError(where, f"the chat template refuses the messages ({_first_line(error)})") from error
+    return str(text)
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """The template writes its own special tokens, so none are added."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of all special tokens, named by the tokenizer's settings or only marked in its file."""
+    marked = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *marked))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
