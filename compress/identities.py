@@ -41,6 +41,12 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def plain_digest(path: Path) -> str:
+    """SHA-256 of a file, read anew each time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def source_identity(path: Path, file_digest: FileDigest) -> str:
     """Digest of a file of rows or of all files below a folder; a hub name (no such path) stands for itself.
 
@@ -48,7 +54,7 @@ def source_identity(path: Path, file_digest: FileDigest) -> str:
         DataError: the path does not exist and does not look like a hub name, or is an empty folder.
     """
     if path.is_file():
-        return digest_of({"file": file_digest(path), "suffix": path.suffix})
+        return digest_of({"file": file_digest(path), "name": path.name})  # rows carry the name of their file
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         if not files:

@@ -21,4 +21,10 @@ class SourceParams(Params):
     on_error: Literal["stop", "quarantine"] = Field(
         "stop", description="a malformed line stops the run, or is set aside and counted"
     )
-    separator: str = Field("<|endoftext|>", description="line between the texts of one text file")
+    separator: str = Field(
+        "auto",
+        description="text files: the mark between texts; a line feed gives a row per line, two a row per paragraph",
+    )
+    split: Literal["train", "valid", "test"] | None = Field(
+        None, description="of a folder or hub name only the files of this split"
+    )

@@ -1,0 +1,202 @@
+"""Measures the teacher, a checkpoint or a bundle on the test rows; the figures the gate and the ledger stand on.
+
+Three stage functions differ only in what answers: the teacher's torch model, a checkpoint's, or the bundle in the
+runtime that the device uses. Tasks: ``function_call`` generates answers and scores the parsed call, ``perplexity``
+is the loss on the tokens that count, ``agreement`` the KL divergence and equal first choice against the teacher on
+the same tokens. Row scores are kept (``compress.scores``), predictions too. Knows nothing of limits.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.assessment_params import EvaluateParams
+from compress.context import StageContext, StageResult
+from compress.data.rows import Row, read_rows
+from compress.encoding import TokenRow, encode_prompt, encode_rows, load_tokenizer
+from compress.errors import DataError, UserError
+from compress.model.shapes import parameter_count
+from compress.progress import Progress
+from compress.scores import Scores, as_measure, measure
+from evaluators import agreement
+from evaluators.metrics import parse_call, score_calls
+
+PREDICTIONS = "predictions.jsonl"
+SLICE = 64  # tokens compared at once: float64 copies of (tokens, vocabulary) stay small for large vocabularies
+FLOAT32_BYTES = 4
+
+
+class Runtime(Protocol):
+    """What answers: a torch model or a bundle in its runtime."""
+
+    def generate(self, prompts: Any, max_new_tokens: int, stop_ids: Any) -> list[list[int]]:
+        """Greedy continuations, without the stop token."""
+        ...
+
+    def logits(self, ids: Any) -> NDArray[np.float32]:
+        """Logits (T, vocabulary) after each of the ids (T,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: ``runtime`` with its own tokenizer, and its sizes."""
+
+    name: str
+    runtime: Runtime
+    tokenizer: Any
+    parameters: int | None
+    bytes: int | None
+
+
+def evaluate_teacher(params: EvaluateParams, ctx: StageContext) -> StageResult:
+    """Measure the teacher (a local folder); agreement with itself is left out."""
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    folder = ctx.teacher.folder
+    if folder is None:
+        raise UserError("teacher", "an endpoint cannot be measured: it gives no logits of a whole row",
+                        do="Leave out data.test and gate, or give the teacher's folder.")  # fmt: skip
+    config = _config(folder)
+    parameters = parameter_count(config)
+    subject = Subject("teacher", torch_runtime(folder), load_tokenizer(folder), parameters, FLOAT32_BYTES * parameters)
+    return evaluate(subject, params, ctx, teacher=None)
+
+
+def evaluate_model(params: EvaluateParams, ctx: StageContext) -> StageResult:
+    """Measure a checkpoint in torch; quantized ones are opened as the plain weights that their codes stand for."""
+    folder = ctx.inputs["model"]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    subject = Subject("model", torch_runtime(folder), load_tokenizer(folder), parameter_count(_config(folder)), size)
+    return evaluate(subject, params, ctx, teacher=_teacher_runtime(params, ctx))
+
+
+def evaluate_bundle(params: EvaluateParams, ctx: StageContext) -> StageResult:
+    """Measure the exported bundle in the runtime that the device uses."""
+    from deploy.bundle import bundle_bytes, open_bundle  # the runtime's library loads only here
+
+    bundle = open_bundle(ctx.inputs["bundle"])
+    ...
+    raise NotImplementedError
+
+
+def torch_runtime(folder: Path) -> Runtime:
+    """A checkpoint as a runtime."""
+    from compress.model.checkpoint import load_model
+    from compress.model.runtime import TorchRuntime
+
+    return TorchRuntime(load_model(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    from compress.model.checkpoint import read_config
+
+    return read_config(folder)
+
+
+def _teacher_runtime(params: EvaluateParams, ctx: StageContext) -> Runtime | None:
+    """The teacher as a runtime when agreement is asked for and it gives logits."""
+    if "agreement" not in params.tasks or ctx.teacher is None or ctx.teacher.folder is None:
+        return None
+    return torch_runtime(ctx.teacher.folder)
+
+
+def evaluate(subject: Subject, params: EvaluateParams, ctx: StageContext, teacher: Runtime | None) -> StageResult:
+    """Run the tasks and write ``scores.json`` and ``predictions.jsonl``.
+
+    Raises:
+        DataError: a test row does not fit the task: no answer, a reference that is no call, too long.
+    """
+    rows = sample(read_rows(ctx.inputs["test"]), params.rows, ctx.seed)
+    scores = Scores(subject.name, subject.parameters, subject.bytes)
+    notes: list[str] = []
+    if "function_call" in params.tasks:
+        call_task(subject, rows, params, scores, ctx)
+    if "perplexity" in params.tasks or teacher is not None:
+        notes += token_tasks(subject, rows[: params.perplexity_rows], params, scores, teacher, ctx.progress)
+    scores.write(ctx.out)
+    figures = {name: as_measure(measure(scores, name, seed=ctx.seed)) for name in scores.metrics}
+    metrics = {"metrics": figures, "rows": len(rows), "parameters": subject.parameters, "bytes": subject.bytes}
+    return StageResult(metrics=metrics, notes=notes)
+
+
+def sample(rows: list[Row], count: int, seed: int) -> list[Row]:
+    """At most ``count`` rows in a seeded random order: any first part of them is a fair sample, too."""
+    return random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - not for secrets
+
+
+def call_task(subject: Subject, rows: Sequence[Row], params: EvaluateParams, scores: Scores, ctx: StageContext) -> None:
+    """Generate an answer for every row and score the call in it."""
+    for row in rows:
+        if parse_call(row.answer) is None:
+            raise DataError(f"test row {row.id}", f"its answer is no function call: {row.answer[:80]!r}",
+                            '{"name": ..., "args": {...}}', "Take function_call out of evaluate.tasks.")  # fmt: skip
+    tokenizer = subject.tokenizer
+    prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
+    stop = {tokenizer.eos_token_id}
+    answers: list[list[int]] = []
+    with ctx.progress.bar(f"answers of the {subject.name}", len(prompts)) as bar:
+        for at in range(0, len(prompts), 64):
+            part = prompts[at : at + 64]
+            answers += subject.runtime.generate(part, params.max_new_tokens, stop)
+            bar.advance(len(part))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    for name, values in score_calls(texts, [row.answer for row in rows]).items():
+        scores.add(name, [row.id for row in rows], values)
+    with (ctx.out / PREDICTIONS).open("w", encoding="utf-8") as out:
+        for row, text in zip(rows, texts, strict=True):
+            line = {"id": row.id, "request": row.user, "reference": row.answer, "prediction": text}
+            out.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def token_tasks(
+    subject: Subject,
+    rows: Sequence[Row],
+    params: EvaluateParams,
+    scores: Scores,
+    teacher: Runtime | None,
+    progress: Progress,
+) -> list[str]:
+    """Loss on the tokens that count, and agreement with the teacher on the very same ones."""
+    encoded = encode_rows(rows, subject.tokenizer, max_tokens=params.max_tokens, truncate=True)
+    encoded = [row for row in encoded if any(row.answer[1:])]
+    if not encoded:
+        raise DataError("data.test", "no row has a token to predict", "rows with an answer, or with text")
+    table = np.zeros((len(encoded), 4))  # tokens, nats, KL in nats, equal first choices
+    for at, row in enumerate(progress.track(encoded, f"tokens of the {subject.name}")):
+        table[at] = score_row(row, subject.runtime.logits(row.ids), teacher.logits(row.ids) if teacher else None)
+    ids, weights = [row.id for row in encoded], table[:, 0]
+    if "perplexity" in params.tasks:
+        scores.add("perplexity", ids, table[:, 1], weights)
+        scores.add("nll", ids, table[:, 1], weights)
+    if teacher is not None:
+        scores.add("kl", ids, table[:, 2], weights)
+        scores.add("top1_agreement", ids, table[:, 3], weights)
+    skipped = len(rows) - len(encoded)
+    return [f"{skipped} rows without a token to predict were left out"] if skipped else []
+
+
+def score_row(
+    row: TokenRow, logits: NDArray[np.float32], teacher: NDArray[np.float32] | None
+) -> tuple[float, float, float, float]:
+    """Tokens that count, their summed loss, summed KL to the teacher and equal first choices, of one row.
+
+    Logits (T, vocabulary) at position t are of token t + 1.
+    """
+    targets = np.asarray(row.ids[1:])
+    places = np.flatnonzero(np.asarray(row.answer[1:]))
+    loss = kl = same = 0.0
+    for at in range(0, len(places), SLICE):
+        part = places[at : at + SLICE]
+        loss += float(agreement.nll(logits[part], targets[part]).sum())
+        if teacher is not None:
+            both = agreement.compare(teacher[part], logits[part])
+            kl, same = kl + float(both.kl.sum()), same + float(both.top1.sum())
+    return float(len(places)), loss, kl, same

@@ -1,0 +1,389 @@
+"""The command ``edgestill``: parses arguments, calls the core, shows the result, maps errors to exit codes.
+
+Exit codes: 0 fine, 1 the work failed, 2 the input is wrong, 3 the gate failed, 130 interrupted. An error is one
+message on standard error and never a traceback, unless ``EDGESTILL_DEBUG=1``. Everything heavy is imported inside
+the handlers, so that ``--help`` takes a fraction of a second. Holds no logic that a caller from Python would miss.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compress.errors import EdgestillError, GateFailed, UserError
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
+    from compress.store import Store
+
+INTERRUPTED = 130
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get("EDGESTILL_DEBUG", "") not in ("", "0")
+
+
+def complain(message: str) -> None:
+    """One message on standard error."""
+    print(f"edgestill: error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors into a message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on from where it stood")
+        raise typer.Exit(INTERRUPTED) from None
+    except EdgestillError as error:
+        if debugging():
+            raise
+        complain(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if debugging() or isinstance(error, BrokenPipeError):
+            raise
+        complain(f"{error.filename or 'operating system'}: {error.strerror or error}")
+        raise typer.Exit(1) from None
+    except MemoryError:
+        complain("out of memory. Use smaller batches or a smaller model; edgestill plan PROFILE gives the need")
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if debugging() or hasattr(error, "exit_code"):  # typer's own: usage errors, Exit
+            raise
+        complain(f"{type(error).__name__}: {error}. This is a fault in edgestill; EDGESTILL_DEBUG=1 shows where")
+        raise typer.Exit(1) from None
+
+
+class Group(TyperGroup):
+    """The command group, with errors mapped for every command alike."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        with exit_codes():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Group,
+    name="edgestill",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich's markdown alone would take half of the 0.3 s
+    pretty_exceptions_enable=False,
+    help="Distill, prune and quantize a language model for an edge device, with the quality of what ships proven.",
+)
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value; may be given many times.")
+]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Folder of artifacts and runs; else $EDGESTILL_STORE, else .edgestill")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def open_store(folder: Path | None) -> Store:
+    """The store at ``folder`` or the default place."""
+    from compress.pipeline import default_store
+    from compress.store import Store
+
+    return Store(folder or default_store())
+
+
+def progress(quiet: bool = False) -> Progress:
+    """Progress on standard error."""
+    from compress.progress import Progress
+
+    return Progress(quiet=quiet)
+
+
+def show_json(value: Any) -> None:
+    """``value`` as JSON on standard output."""
+    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Argument(help="A profile file, or the name of a built-in one.")],
+    *,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this step: its index, stage or stage.method.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the digest of every file taken from the store.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a profile from the pool of data to the judged and timed bundle."""
+    from compress.pipeline import run as run_profile
+    from compress.profile import load_profile
+
+    record = run_profile(
+        load_profile(profile, overrides or []),
+        store=open_store(store),
+        until=until,
+        verify=verify,
+        progress=progress(quiet=as_json),
+    )
+    if as_json:
+        show_json(record)
+    else:
+        from compress import terminal
+
+        terminal.show_run(record, terminal.console())
+    if record["gate"] is not None and not record["gate"]["passed"]:
+        raise GateFailed("gate", record["verdict"])
+
+
+@app.command()
+def plan(
+    profile: Annotated[str, typer.Argument(help="A profile file, or the name of a built-in one.")],
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what would run, what is in the store, and what it would take and give. Runs nothing."""
+    from compress.estimates import estimate
+    from compress.pipeline import plan as plan_profile
+    from compress.profile import load_profile
+
+    opened = open_store(store)
+    planned = plan_profile(load_profile(profile, overrides or []), store=opened)
+    foretold = estimate(planned)
+    rows = [
+        {"name": node.name, "key": node.key, "cached": opened.lookup(node.key) is not None, "seconds": seconds}
+        for node, seconds in zip(planned.nodes, foretold.seconds, strict=True)
+    ]
+    if as_json:
+        show_json({"stages": rows, "estimates": foretold.records(), "notes": foretold.notes})
+    else:
+        from compress import terminal
+
+        terminal.show_plan(rows, foretold.records(), terminal.console())
+        for note in foretold.notes:
+            print(note)
+    foretold.refuse_misfit()
+
+
+@app.command()
+def step(
+    stage: Annotated[str, typer.Argument(help="The stage, such as data.selection; see: edgestill ls stages")],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, or FILE.jsonl / FILE.parquet for rows.")],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--in", metavar="[SLOT=]PATH", help="Rows, a model folder, a bundle.")
+    ] = None,
+    overrides: SetOption = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's folder, where the stage uses one.")] = None,
+    target: Annotated[str | None, typer.Option(help="The device, where the stage uses one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one stage alone, on files: step data.selection --in pool.jsonl --out kept.jsonl --set method=dedup"""
+    from compress.single import Request, parse_inputs, run_stage, stage_and_params
+
+    line, params = stage_and_params(stage, overrides or [])
+    result = run_stage(
+        Request(
+            stage=line,
+            params=params,
+            inputs=parse_inputs(inputs or []),
+            out=out,
+            teacher=teacher,
+            target=_target(target),
+            seed=seed,
+            threads=threads,
+        ),
+        progress(quiet=as_json),
+    )
+    _show_result(result.metrics, result.notes, as_json=as_json)
+    if not as_json:
+        print(f"wrote {out}")
+
+
+def _target(name: str | None) -> Any:
+    if name is None:
+        return None
+    from deploy.targets import load_target
+
+    return load_target(name)
+
+
+def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) -> None:
+    if as_json:
+        show_json({"metrics": metrics, "notes": notes})
+        return
+    for name, value in metrics.items():
+        print(f"{name}: {value if isinstance(value, str | int | float) else json.dumps(value)}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+class Format(StrEnum):
+    """Export formats."""
+
+    onnx = "onnx"
+    gptq = "gptq"
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, quantized by edgestill or not.")],
+    *,
+    target: Annotated[str, typer.Option(help="The device; see: edgestill ls targets")],
+    formats: Annotated[list[Format] | None, typer.Option("--format", help="May be given twice.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else MODEL-TARGET here.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows whose prompts prove parity.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle for a device, and prove that it computes the same."""
+    from compress.single import Request, run_stage, stage_and_params
+
+    line, params = stage_and_params(
+        "deploy.export", overrides or [], {"formats": [f.value for f in formats or [Format.onnx]]}
+    )
+    place = out or Path(f"{model.resolve().name}-{Path(target).stem}")
+    inputs = {"model": model, **({"data": data} if data is not None else {})}
+    result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))
+    _show_result(result.metrics, result.notes, as_json=as_json)
+    if not as_json:
+        print(f"wrote {place}")
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    *,
+    target: Annotated[str | None, typer.Option(help="The device whose facts the figures are held against.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a bundle on this machine: prefill, decode, first token, peak memory."""
+    from compress.single import Request, run_stage, stage_and_params
+
+    line, params = stage_and_params("deploy.bench", overrides or [], {"method": "local"})
+    request = Request(line, params, {"bundle": bundle}, target=_target(target), threads=threads)
+    result = run_stage(request, progress(quiet=as_json))
+    _show_result(result.metrics, result.notes, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    subject: Annotated[Path, typer.Argument(help="A model folder or a bundle.")],
+    *,
+    data: Annotated[Path, typer.Option(help="Test rows.")],
+    tasks: Annotated[str, typer.Option(help="Comma between: function_call, perplexity, agreement.")] = "perplexity",
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's folder, for agreement.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Use this many rows.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model, or a bundle in the runtime of the device, on test rows."""
+    from compress.single import Request, guess_slot, run_stage, stage_and_params
+
+    slot = guess_slot(subject)
+    if slot == "data":
+        raise UserError(str(subject), "neither a model folder nor a bundle", "config.json or bundle.json in it")
+    values: dict[str, Any] = {"method": slot, "tasks": [task.strip() for task in tasks.split(",")]}
+    if rows is not None:
+        values["rows"] = rows
+    line, params = stage_and_params("evaluate", overrides or [], values)
+    if "agreement" in params.model_dump()["tasks"] and teacher is None:
+        raise UserError("--teacher", "missing; agreement compares with it", "the teacher's model folder")
+    request = Request(line, params, {slot: subject, "test": data}, teacher=teacher)
+    result = run_stage(request, progress(quiet=as_json))
+    if as_json:
+        show_json({"metrics": result.metrics, "notes": result.notes})
+        return
+    from compress import terminal
+
+    rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
+    terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+
+
+class Listed(StrEnum):
+    """What ``ls`` lists."""
+
+    stages = "stages"
+    targets = "targets"
+    profiles = "profiles"
+    runs = "runs"
+
+
+@app.command("ls")
+def listing(
+    what: Annotated[Listed, typer.Argument(help="What to list.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List stages, targets, profiles or runs."""
+    from compress import listings
+
+    heads, rows = listings.rows_of(what.value, open_store(store).root if what is Listed.runs else None)
+    if as_json:
+        show_json([dict(zip(heads, row, strict=True)) for row in rows])
+        return
+    from compress import terminal
+
+    terminal.show_rows(heads, rows, terminal.console())
+
+
+@app.command()
+def report(
+    run_name: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's id, its folder or run.json, or: latest")
+    ] = "latest",
+    store: StoreOption = None,
+) -> None:
+    """Write the HTML report of a run anew and say where it is."""
+    from compress import run_record
+    from compress.listings import find_run
+    from compress.report import write_report
+
+    path = find_run(run_name, open_store(store).root)
+    record = run_record.read(path)
+    place = path.with_name("report.html")
+    write_report(record, place)
+    print(place)
+
+
+@app.command()
+def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show versions, cores, instruction sets, memory, disk, and what is missing and how to install it."""
+    from compress import doctor as examination
+    from compress.pipeline import default_store
+
+    findings = examination.examine(store or default_store())
+    if as_json:
+        show_json([{"what": f.what, "value": f.value, "state": f.state, "do": f.do} for f in findings])
+    else:
+        from compress import terminal
+
+        terminal.show_findings(findings, terminal.console())
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not mix
+    app()
+
+
+if __name__ == "__main__":
+    main()

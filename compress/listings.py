@@ -1,0 +1,73 @@
+"""What ``edgestill ls`` lists, as heads and rows of text, and where a run's record lies.
+
+Knows where things are kept; shows nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from compress.errors import UserError
+from compress.stages import STAGES
+
+Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def rows_of(what: str, root: Path | None) -> Rows:
+    """Heads and rows of ``stages``, ``targets``, ``profiles`` or ``runs`` (of the store at ``root``)."""
+    if what == "stages":
+        lines = [(line.stage, line.method, " ".join(line.reads), line.writes, line.summary) for line in STAGES]
+        return ("stage", "method", "reads", "writes", "what it does"), lines
+    if what == "targets":
+        return _targets()
+    if what == "profiles":
+        return _profiles()
+    assert root is not None, "runs are listed from a store"
+    return ("run", "status", "profile", "seconds", "verdict"), [_run(path) for path in run_files(root)]
+
+
+def _targets() -> Rows:
+    from deploy.targets import list_targets, load_target
+
+    found = [load_target(name) for name in list_targets()]
+    return ("target", "description"), [(target.name, target.description) for target in found]
+
+
+def _profiles() -> Rows:
+    from compress.profile import list_profiles, load_profile
+
+    found = [(name, load_profile(name).description) for name in list_profiles()]
+    return ("profile", "description"), found
+
+
+def run_files(root: Path) -> list[Path]:
+    """``run.json`` of every run of a store, oldest first."""
+    return sorted((root / "runs").glob("*/run.json"), key=lambda path: path.parent.name)
+
+
+def _run(path: Path) -> tuple[str, ...]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        profile, seconds = record["profile"]["name"], f"{record['seconds']:.1f}"
+        return record["id"], record["status"], profile, seconds, record["verdict"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.parent.name, "unreadable", "", "", ""
+
+
+def find_run(name: str, root: Path) -> Path:
+    """The ``run.json`` that ``name`` means: an id, a folder, a file, or ``latest``.
+
+    Raises:
+        UserError: there is none.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    for folder in (given, root / "runs" / name):
+        if (folder / "run.json").is_file():
+            return folder / "run.json"
+    found = run_files(root)
+    if name == "latest" and found:
+        return found[-1]
+    raise UserError(f"run {name}", f"not found in {root / 'runs'}", do="See: edgestill ls runs")

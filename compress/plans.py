@@ -1,0 +1,308 @@
+"""From a profile to a plan: the list of stages to run, each with its inputs and its artifact key.
+
+`plan` adds to the profile's steps what they imply: reading the sources, evaluating the teacher and the model after
+every step that changes it (for the loss ledger), export, evaluation of the bundle in the device's runtime, the gate
+and the benchmarks. All keys are known before anything runs, because a key holds the keys of its inputs, not their
+contents. Knows no stage by its code: names and slots come from the table. Loads no heavy package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from compress import doctor, identities
+from compress.errors import ProfileError
+from compress.stages import STAGES, Stage, find, params_model
+
+if TYPE_CHECKING:
+    from compress.context import Params
+    from compress.profile import Profile
+    from compress.store import Store
+
+FORMAT = 1  # of the key itself; raise it when what goes into a key changes
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """An input from outside the store: its place, and the digest of its content."""
+
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One stage of a plan.
+
+    ``name`` is unique in its plan. ``inputs`` maps slots to other nodes or outside things. ``step`` is the index
+    in the profile's steps, None for the implied stages.
+    """
+
+    name: str
+    stage: Stage
+    params: Params
+    inputs: Mapping[str, Node | Outside]
+    step: int | None
+    seed: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a profile comes down to: ``nodes`` in the order of execution, and the outside facts they use."""
+
+    profile: Profile
+    nodes: tuple[Node, ...]
+    facts: Facts
+    roles: Mapping[str, Node | Outside] = field(default_factory=dict)  # "teacher", "student", "bundle", "verdict", ...
+
+
+class Facts:
+    """The outside facts of a profile and their digests, each looked up when first asked for."""
+
+    def __init__(self, profile: Profile, store: Store) -> None:
+        self.profile, self.store = profile, store
+
+    @cached_property
+    def teacher(self) -> Outside | None:
+        """The teacher's folder (or endpoint) and identity."""
+        spec = self.profile.teacher
+        if spec is None:
+            return None
+        folder = Path(spec)
+        return Outside(folder, identities.model_identity(folder, self.store.file_digest))
+
+    @cached_property
+    def target(self) -> Any:
+        """The target's facts (``deploy.targets.Target``), or None."""
+        if self.profile.target is None:
+            return None
+        from deploy.targets import load_target  # the package loads when a profile names a target
+
+        return load_target(self.profile.target)
+
+    @cached_property
+    def threads(self) -> int:
+        """CPU threads that stages use."""
+        wanted = self.profile.hardware.threads
+        return doctor.cores() if wanted == "auto" else int(wanted)
+
+    @cached_property
+    def device(self) -> dict[str, Any]:
+        """Facts of this machine."""
+        return doctor.machine(self.threads)
+
+    def identity(self, use: str, stage: Stage) -> str | None:
+        """Digest of one outside fact that ``stage`` uses; None where the profile has none.
+
+        Raises:
+            ProfileError: the stage needs a teacher and the profile names none.
+        """
+        if use in ("teacher", "tokenizer"):
+            if self.teacher is None:
+                raise ProfileError("teacher", f"missing; {stage.name} needs it", do="Give a model folder as teacher.")
+            if use == "teacher":
+                return self.teacher.key
+            return identities.tokenizer_identity(self.teacher.path, self.store.file_digest)
+        if use == "target":
+            return None if self.target is None else identities.digest_of(self.target.model_dump(mode="json"))
+        if use == "device":
+            return identities.device_identity(self.device)
+        raise AssertionError(f"table line {stage.name}: unknown use {use!r}")
+
+
+def validated(stage: Stage, values: Mapping[str, Any], where: str) -> Params:
+    """``values`` as the stage's params model.
+
+    Raises:
+        ProfileError: unknown key, wrong type or value out of range, named by its dotted key.
+    """
+    try:
+        return params_model(stage).model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join([where, *(str(part) for part in first["loc"])])
+        allowed = ", ".join(params_model(stage).model_fields) if first["type"] == "extra_forbidden" else ""
+        raise ProfileError(place, f"{first['msg']} (got {first['input']!r})", allowed) from error
+
+
+class _Builder:
+    """Grows the list of nodes; ``data`` and ``model`` are the two slots that steps read and replace."""
+
+    def __init__(self, profile: Profile, store: Store, table: Sequence[Stage]) -> None:
+        self.profile, self.store, self.table = profile, store, table
+        self.facts = Facts(profile, store)
+        self.nodes: list[Node] = []
+        self.slots: dict[str, Node | Outside] = {}
+        self.roles: dict[str, Node | Outside] = {}
+        self.evaluations: dict[str, Node | Outside] = {}
+
+    def add(
+        self,
+        stage: Stage,
+        params: Params,
+        inputs: Mapping[str, Node | Outside],
+        *,
+        step: int | None = None,
+        of: str = "",
+    ) -> Node:
+        """Append one node; ``of`` tells two nodes of the same stage apart."""
+        key = self.store.key(
+            {
+                "format": FORMAT,
+                "stage": stage.stage,
+                "method": stage.method,
+                "version": stage.version,
+                "params": params.model_dump(mode="json"),
+                "inputs": {slot: source.key for slot, source in inputs.items()},
+                "seed": self.profile.seed,
+                "uses": {use: self.facts.identity(use, stage) for use in stage.uses},
+            }
+        )
+        name = f"{stage.name} {of}".strip()
+        taken = sum(1 for node in self.nodes if node.name == name or node.name.startswith(f"{name} #"))
+        if taken:
+            name = f"{name} #{taken + 1}"
+        node = Node(name, stage, params, dict(inputs), step, self.profile.seed, key)
+        self.nodes.append(node)
+        return node
+
+    def implied(self, stage: str, method: str, values: Mapping[str, Any], inputs: Mapping[str, Node | Outside],
+                *, where: str, of: str = "") -> Node:  # fmt: skip
+        """Append a node that the profile's steps imply."""
+        line = find(stage, method, self.table)
+        return self.add(line, validated(line, values, where), inputs, of=of)
+
+    def sources(self) -> None:
+        """Read pool, test and reference."""
+        data = self.profile.data
+        values = {"format": data.format, "columns": dict(data.columns), "on_error": data.on_error}
+        for role, slot in (("pool", "data"), ("test", "test"), ("reference", "reference")):
+            place = getattr(data, role)
+            if place is None:
+                continue
+            source = Outside(Path(place), identities.source_identity(Path(place), self.store.file_digest))
+            node = self.implied("data.source", "read", values, {"source": source}, where="data", of=f"of {role}")
+            self.slots[slot] = self.roles[role] = node
+
+    def evaluate(self, method: str, slot: str, label: str) -> None:
+        """Measure what fills ``slot``; skipped without test rows or without tasks."""
+        values = self.profile.evaluate
+        if "test" not in self.slots or values is None:
+            return
+        inputs = {"test": self.slots["test"]}
+        if method != "teacher":
+            inputs[slot] = self.slots[slot]
+        node = self.implied("evaluate", method, values, inputs, where="evaluate",
+                            of="" if method != "model" else f"after {label}")  # fmt: skip
+        self.evaluations[f"evaluation.{len(self.evaluations):02d}.{label}"] = node
+
+    def step(self, index: int, stage: str, method: str | None, values: Mapping[str, Any]) -> None:
+        """Append one step of the profile, and the evaluation of the model when it changed."""
+        where = f"steps[{index}]"
+        line = find(stage, method, self.table, where=where)
+        params = validated(line, values, f"{where}.{stage}")
+        inputs: dict[str, Node | Outside] = {}
+        for slot in line.reads:
+            if slot == "model" and slot not in self.slots and self.facts.teacher is not None:
+                inputs[slot] = self.facts.teacher  # the first step on a model starts from the teacher itself
+            elif slot in self.slots:
+                inputs[slot] = self.slots[slot]
+            else:
+                need = {"data": "data.pool", "model": "teacher"}.get(slot, f"data.{slot}")
+                raise ProfileError(where, f"{line.name} reads the slot {slot!r}, which is empty", do=f"Give {need}.")
+        inputs.update({slot: self.slots[slot] for slot in line.optional if slot in self.slots})
+        node = self.add(line, params, inputs, step=index)
+        self.slots[line.writes] = node
+        if line.writes == "model":
+            self.evaluate("model", "model", node.name)
+            if line.stage != "model.quantization":
+                self.roles["student"] = node
+
+    def ship(self) -> None:
+        """Export, evaluate the bundle, judge it, time it."""
+        profile = self.profile
+        model = self.slots.get("model") or self.facts.teacher
+        if model is None or profile.export is None:
+            return
+        self.slots["model"] = model
+        inputs = {slot: self.slots[slot] for slot in ("model", "data") if slot in self.slots}
+        line = find("deploy.export", None, self.table)
+        inputs = {slot: source for slot, source in inputs.items() if slot in (*line.reads, *line.optional)}
+        bundle = self.add(line, validated(line, profile.export, "export"), inputs)
+        self.slots["bundle"] = self.roles["bundle"] = bundle
+        self.evaluate("bundle", "bundle", "bundle")
+        self.judge()
+        self.time()
+
+    def judge(self) -> None:
+        """The gate over all evaluations; without evaluations there must be no limits."""
+        limits = list(self.profile.gate)
+        if not self.evaluations:
+            if limits:
+                raise ProfileError(
+                    "gate", "there are limits but nothing is evaluated", do="Give data.test and evaluate."
+                )
+            return
+        self.roles["verdict"] = self.implied("evaluate", "gate", {"limits": limits}, self.evaluations, where="gate")
+
+    def time(self) -> None:
+        """Benchmarks of the teacher, the student and the bundle."""
+        values = self.profile.bench
+        if values is None:
+            return
+        lengths = {name: value for name, value in values.items() if name in ("prompt_tokens", "new_tokens")}
+        subjects = {"teacher": self.facts.teacher, "student": self.roles.get("student")}
+        for subject, source in subjects.items():
+            if source is not None:
+                node = self.implied(
+                    "deploy.bench", "checkpoint", lengths, {"model": source}, where="bench", of=f"of {subject}"
+                )
+                self.roles[f"bench of {subject}"] = node
+        bundle = {"bundle": self.slots["bundle"]}
+        self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
+
+
+def plan(profile: Profile, *, store: Store, table: Sequence[Stage] = STAGES, until: str | None = None) -> Plan:
+    """The stages that ``profile`` comes down to, in order, with their keys; nothing is run.
+
+    Args:
+        table: the stages that exist; tests give their own.
+        until: the last step to keep: an index in ``steps``, a stage, a stage.method or a group such as ``data``.
+
+    Raises:
+        ProfileError: a step is unknown, reads an empty slot or has wrong parameters; ``until`` names no step.
+        DataError, ModelError, TargetError: a source, the teacher or the target is not there.
+    """
+    builder = _Builder(profile, store, table)
+    builder.sources()
+    if builder.facts.teacher is not None:
+        builder.evaluate("teacher", "teacher", "teacher")
+    for index, step in enumerate(profile.steps):
+        builder.step(index, step.stage, step.method, step.params)
+    builder.ship()
+    if builder.facts.teacher is not None:
+        builder.roles["teacher"] = builder.facts.teacher
+    nodes = _until(builder.nodes, until) if until else builder.nodes
+    return Plan(profile, tuple(nodes), builder.facts, builder.roles)
+
+
+def _until(nodes: list[Node], until: str) -> list[Node]:
+    """The nodes up to the last one that ``until`` names, with the evaluation that follows it."""
+    last = -1
+    for at, node in enumerate(nodes):
+        names = {node.name, node.stage.name, node.stage.stage, node.stage.stage.split(".")[0], str(node.step)}
+        if until in names:
+            last = at
+    if last < 0:
+        known = ", ".join(dict.fromkeys(node.stage.name for node in nodes))
+        raise ProfileError("--until", f"no step is called {until!r}", f"one of {known}, or an index of steps")
+    if last + 1 < len(nodes) and nodes[last + 1].name == f"evaluate.model after {nodes[last].name}":
+        last += 1
+    return nodes[: last + 1]
