@@ -1,6 +1,7 @@
 """Calibration batches: a seeded sample of token rows, padded on the right, as tensors.
 
-`batches` draws rows up to a token budget. Importances and quantization read the same batches.
+`batches` draws rows up to a token budget, `mean_loss` takes a model's loss on them. Importances and quantization
+read the same batches.
 Knows nothing of files or tokenizers.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from compress.errors import DataError
 
@@ -70,3 +72,22 @@ def padded(rows: Sequence[TokenIds], *, pad_id: int) -> Batch:
         mask[i, : len(row.ids)] = 1
         answer[i, : len(row.ids)] = torch.tensor(row.answer)
     return Batch(ids, mask, answer)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, given: Sequence[Batch]) -> float:
+    """Return the mean negative log-likelihood (nats) of the target tokens of ``given``; no target at all gives 0."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in given:
+        output = model(
+            input_ids=batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
+            use_cache=False,
+        )
+        targets = batch.answer[:, 1:].bool().to(model.device)  # (B, T - 1): what stands at t is predicted at t - 1
+        logprobs = output.logits[:, :-1][targets].float().log_softmax(dim=-1)  # (targets, V)
+        wanted = batch.input_ids[:, 1:].to(model.device)[targets]
+        total -= float(logprobs.gather(1, wanted.unsqueeze(1)).double().sum())
+        count += len(wanted)
+    return total / max(count, 1)

@@ -23,9 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.errors import ModelError
-from compress.model.layers import LINEARS, embedding, is_tied, linear_path, output_head
+from compress.model.layers import LINEARS, attention, decoder_layers, embedding, is_tied, linear_path, output_head
 from compress.model.runtime import TorchRuntime
-from compress.model.shapes import SUPPORTED, check_config, head_size, parameter_count, tensor_shapes
+from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
 
 __all__ = [
     "SUPPORTED",
@@ -138,7 +138,7 @@ def save_model(
     Raises ModelError when transformers refuses the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.head_dim = head_size(model.config.to_dict())
+    model.config.head_dim = int(cast(Any, attention(decoder_layers(model)[0])).head_dim)
     model.config.architectures = [type(model).__name__]
     original = model.generation_config
     model.generation_config = _savable_generation(original)

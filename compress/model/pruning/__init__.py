@@ -1,0 +1,1 @@
+"""Structured pruning: importances from activations, width and depth trimming, recovery by distillation."""
