@@ -1,0 +1,132 @@
+"""The shape of the code: who may import whom, no cycles, and no file or function that grew too long."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("compress", "deploy", "evaluators", "profiles")
+FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+
+# what each side may import of ours; the longest matching prefix of the importing module decides
+SHARED = ("compress.errors", "compress.context", "compress.progress")
+ALLOWED = {
+    "evaluators": ("evaluators",),
+    "profiles": ("profiles",),
+    "deploy": (
+        "deploy", "evaluators", *SHARED, "compress.store",
+        "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.shapes",
+    ),
+    "compress.data": ("compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.execution"),
+    "compress.model": ("compress.model", *SHARED, "compress.encoding", "compress.teachers"),
+    "compress.errors": (),
+    "compress.context": ("compress.progress", "compress.teachers"),
+    "compress.progress": (),
+    "compress.store": ("compress.errors",),
+    "compress.encoding": ("compress.data.rows", *SHARED),
+}  # fmt: skip
+TORCH_FREE = (
+    "compress", "compress.errors", "compress.context", "compress.progress", "compress.profile", "compress.store",
+    "compress.pipeline", "compress.stages", "compress.cli", "compress.report", "compress.charts",
+)  # fmt: skip
+HEAVY = {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "accelerate", "datasets", "onnx", "optimum"}
+
+
+def imports(path, *, top_only=False):
+    """(module, runtime) pairs imported by a file; TYPE_CHECKING blocks are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in tree.body if top_only else ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+def rule_of(module):
+    """The allowed prefixes for a module, or None where everything is allowed (the composition side)."""
+    for prefix in sorted(ALLOWED, key=len, reverse=True):
+        if module == prefix or module.startswith(prefix + "."):
+            return ALLOWED[prefix]
+    return None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_the_right_way(module):
+    rule = rule_of(module)
+    if rule is None:
+        return
+    for name in imports(MODULES[module]):
+        if name.split(".")[0] in PACKAGES:
+            allowed = any(name == p or name.startswith(p + ".") for p in rule) or name == module
+            assert allowed, f"{module} imports {name}; it may import {', '.join(rule) or 'nothing of ours'}"
+
+
+def test_there_is_no_import_cycle():
+    graph = {m: {n for n in imports(p, top_only=True) if n in MODULES and n != m} for m, p in MODULES.items()}
+    state = {}
+
+    def visit(module, trail):
+        state[module] = "open"
+        for other in sorted(graph[module]):
+            assert state.get(other) != "open", " -> ".join([*trail, module, other])
+            if other not in state:
+                visit(other, [*trail, module])
+        state[module] = "done"
+
+    for module in graph:
+        if module not in state:
+            visit(module, [])
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_light_modules_load_nothing_heavy_at_the_top(module):
+    seen, queue = set(), [module]
+    while queue:
+        current = queue.pop()
+        for name in imports(MODULES[current], top_only=True):
+            assert name.split(".")[0] not in HEAVY, f"{module} loads {name} through {current}"
+            if name in MODULES and name not in seen:
+                seen.add(name)
+                queue.append(name)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_stay_short(module):
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert source.count("\n") <= 600, f"{module} has {source.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 50, f"{module}.{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if MODULES[m].read_text(encoding="utf-8").strip()])
+def test_every_module_and_public_function_says_what_it_does(module):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+
+
+def test_no_pickle_no_shell_no_remote_code():
+    for module, path in MODULES.items():
+        source = path.read_text(encoding="utf-8")
+        for word in ("import pickle", "torch.load(", "shell=True", "os.system(", "eval(", "yaml.load("):
+            spots = [line for line in source.splitlines() if word in line and not line.strip().startswith("#")]
+            spots = [line for line in spots if f".{word}" not in line or word == "torch.load("]
+            assert not spots, f"{module}: {spots[0].strip()}"
+        assert "trust_remote_code=True" not in source, module
