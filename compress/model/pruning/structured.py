@@ -83,7 +83,8 @@ def _renumbered(moments: Mapping[str, torch.Tensor], kept_layers: Sequence[int])
 def build_student(teacher: PreTrainedModel, calibration: Sequence[Batch], shape: StudentShape) -> PreTrainedModel:
     """Return a copy of ``teacher`` trimmed to ``shape`` by its activations on ``calibration``.
 
-    In one step whatever the size: what follows is a whole training. The teacher stays as it is. Raises ModelError when the shape does not fit.
+    In one step whatever the size, because a whole training follows. The teacher stays as it is. Raises ModelError
+    when the shape does not fit.
     """
     check_shape(teacher.config.to_dict(), shape, where="student")
     student = copy.deepcopy(teacher).eval()
