@@ -7,7 +7,6 @@ the same on every run. Knows nothing of stages or files.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,17 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WORD = re.compile(r"\w+")
+from compress.data.words import words
+
 CHUNK = 4096  # texts counted at a time; bounds the memory for n-grams
 
 
 def ngrams(text: str) -> Counter[str]:
     """Words, word pairs and character trigrams of ``text`` in lower case, with counts."""
-    words = WORD.findall(text.casefold())
-    pairs = (f"{a} {b}" for a, b in pairwise(words))
-    padded = f" {' '.join(words)} "
+    found = words(text)
+    pairs = (f"{a} {b}" for a, b in pairwise(found))
+    padded = f" {' '.join(found)} "
     trigrams = (f"#{padded[i : i + 3]}" for i in range(len(padded) - 2))  # marked: a word is no trigram
-    return Counter([*words, *pairs, *trigrams])
+    return Counter([*found, *pairs, *trigrams])
 
 
 def hashed(texts: Sequence[str], *, dims: int) -> NDArray[np.float32]:

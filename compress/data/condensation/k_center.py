@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ from compress.data.condensation.params import KCenterParams
 from compress.data.embeddings import hashed, normalised
 from compress.data.funnel import finish
 from compress.data.rows import Dropped, Row, read_rows
-from compress.encoding import TokenRow, encode_rows
+from compress.encoding import TokenRow, encode_prompt, encode_rows
 from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHUNK = 512  # rows embedded between two checkpoints
 
@@ -162,9 +166,7 @@ def embed(rows: Sequence[Row], params: KCenterParams, ctx: StageContext) -> NDAr
         raise UserError(f"{ctx.name}.embedding", "teacher, but the profile names none", "hashed", "Or set teacher")
 
     def measure(chunk: Sequence[Row]) -> NDArray[np.float32]:
-        encoded = encode_rows(chunk, teacher.tokenizer, max_tokens=params.max_tokens, truncate=True)
-        whole = encoded if params.of == "all" else [_prompt_only(row) for row in encoded]
-        return np.asarray(teacher.embed(whole), dtype=np.float32)
+        return np.asarray(teacher.embed(_tokens(chunk, teacher.tokenizer, params)), dtype=np.float32)
 
     name, what = "embedding", "embed"
     found = map_chunks(rows, measure, folder=ctx.work, name=name, size=CHUNK, progress=ctx.progress, what=what)
@@ -177,7 +179,15 @@ def _content(row: Row, of: str) -> str:
     return "\n".join(m["content"] for m in (row.messages if of == "all" else row.prompt))
 
 
-def _prompt_only(row: TokenRow) -> TokenRow:
-    """The tokens before the answer; a text row has no such part and stays whole."""
-    start = next((i for i, target in enumerate(row.answer) if target), len(row.ids))
-    return row if start <= 1 else TokenRow(row.id, row.ids[:start], row.answer[:start])
+def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, params: KCenterParams) -> list[TokenRow]:
+    """What the teacher embeds: texts whole, chats whole or up to the answer (which may then be missing)."""
+    if params.of == "all":
+        return encode_rows(rows, tokenizer, max_tokens=params.max_tokens, truncate=True)
+    found = []
+    for row in rows:
+        if row.is_chat:
+            ids = tuple(encode_prompt(row.prompt, tokenizer)[: params.max_tokens])
+            found.append(TokenRow(row.id, ids, (0,) * len(ids)))
+        else:
+            found += encode_rows([row], tokenizer, max_tokens=params.max_tokens, truncate=True)
+    return found

@@ -43,10 +43,18 @@ def mean_losses(scores: Sequence[HasLogprobs]) -> NDArray[np.float64]:
 
 def bare(row: TokenRow) -> TokenRow:
     """The answer tokens after the row's first token alone (which is the BOS mark where there is one)."""
-    start = next((i for i, target in enumerate(row.answer) if target), len(row.ids))
+    start = len(row.prompt)
     if start <= 1:
         return row
     return TokenRow(row.id, (row.ids[0], *row.ids[start:]), (0, *row.answer[start:]))
+
+
+def first_targets(row: TokenRow, count: int) -> TokenRow:
+    """``row`` cut behind its first ``count`` targets, so that both losses are over the same answer tokens."""
+    if row.targets <= count:
+        return row
+    end = len(row.prompt) + count
+    return TokenRow(row.id, row.ids[:end], row.answer[:end])
 
 
 def ratio(with_prompt: NDArray[np.float64], alone: NDArray[np.float64], *, definition: str) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +20,18 @@ from itertools import groupby
 
 from compress.data.rows import Row
 from compress.data.selection.params import HeuristicsParams
+from compress.data.words import UNSPACED
 
 ODD_BYTES = re.compile(r"[^\t\n\r\x20-\x7e]")
 # Text in UTF-8 that was once read as Latin-1 or Windows-1252.
 MOJIBAKE = re.compile(r"[ÂÃ][\x80-\xbf]|â€|ï¿½")
 SYMBOL = re.compile(r"[^\w\s.,;:!?'\"()\-%/&$€£°…–—’‘“”´`]|_")
-EDGE = re.compile(r"^\W+|\W+$")
+EDGES = string.punctuation + "…–—’‘“”«»„¿¡。，、！？"
 VOWELLESS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{4,}$")
 CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5,}")
-INNER_SIGN = re.compile(r"[^\W_][^\w\s'’\-./:@&,+–—°%][^\W_]|[^\W_]_+[^\W_]")
+INNER_SIGN = re.compile(r"[^\W_][!\"#$()*;<=>?\[\\\]^_`{|}~]+[^\W_]")
 LETTER_DIGIT = re.compile(r"[^\W\d_]\d+[^\W\d_]|\d[^\W\d_]+\d")
+ADDRESS = re.compile(r"^www\.|://|@")
 BULLET = re.compile(r"^\s*(?:[•‣◦·*\-–—]|\d+[.)])\s")
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})  # Gopher's eight
 
@@ -54,7 +57,7 @@ class Text:
     @cached_property
     def bare(self) -> list[str]:
         """Words in lower case without the punctuation around them."""
-        return [word for raw in self.words if (word := EDGE.sub("", raw.casefold()))]
+        return [word for raw in self.words if (word := raw.casefold().strip(EDGES))]
 
     @cached_property
     def lines(self) -> list[str]:
@@ -148,13 +151,14 @@ def _alpha_words(t: Text, p: HeuristicsParams) -> Objection | None:
 
 
 def _word_length(t: Text, p: HeuristicsParams) -> Objection | None:
-    if not t.bare:
+    spaced = [word for word in t.bare if not ADDRESS.search(word) and not UNSPACED.search(word)]
+    if not spaced:
         return None
-    mean = sum(map(len, t.bare)) / len(t.bare)
-    if len(t.bare) >= 5 and mean < p.min_mean_word:
-        return Objection("words too short", f"{mean:.1f} letters on average, at least {p.min_mean_word}")
+    mean = sum(map(len, spaced)) / len(spaced)
+    if len(spaced) >= 5 and mean < p.min_mean_word:
+        return Objection("words too short", f"{mean:.1f} letters on average, at least {p.min_mean_word:g}")
     if mean > p.max_mean_word:
-        return Objection("words too long", f"{mean:.1f} letters on average, at most {p.max_mean_word}")
+        return Objection("words too long", f"{mean:.1f} letters on average, at most {p.max_mean_word:g}")
     return None
 
 
@@ -219,11 +223,11 @@ RULES: tuple[Rule, ...] = (
 
 
 def is_odd_word(word: str) -> bool:
-    """Whether a bare lower-case word has a shape that words do not have; URLs and addresses are let through.
+    """Whether a bare lower-case word has a shape that words do not have; addresses are let through.
 
     Only Latin letters without accents are judged for vowels: other scripts have their own rules.
     """
-    if word.startswith(("http", "www.")) or "@" in word or word.isdigit():
+    if word.isdigit() or ADDRESS.search(word):
         return False
     shape = VOWELLESS.match(word) or CONSONANTS.search(word)
     return shape is not None or INNER_SIGN.search(word) is not None or LETTER_DIGIT.search(word) is not None

@@ -26,10 +26,9 @@ import rensa
 from numpy.typing import NDArray
 
 from compress.data.rows import Row, canonical_json
+from compress.data.words import words
 
 NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
-# One CJK character is a word of its own: such text has no spaces to split at.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 CHUNK = 4096  # rows per call of rensa; bounds the memory for shingle sets
 CHARS_PER_SHINGLE, WORDS_PER_SHINGLE = 3, 5
 
@@ -87,10 +86,10 @@ def shingles(text: str, *, unit: str, size: int) -> frozenset[str]:
 
     Letter case and punctuation do not count. Characters: one space on either side, so that word ends weigh in.
     """
-    words = WORD.findall(text.casefold()) or text.split()
+    found = words(text) or text.split()
     if unit == "words":
-        return frozenset(" ".join(words[i : i + size]) for i in range(max(len(words) - size + 1, 1)))
-    padded = f" {' '.join(words)} "
+        return frozenset(" ".join(found[i : i + size]) for i in range(max(len(found) - size + 1, 1)))
+    padded = f" {' '.join(found)} "
     return frozenset(padded[i : i + size] for i in range(max(len(padded) - size + 1, 1)))
 
 

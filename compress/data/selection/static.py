@@ -8,6 +8,7 @@ rows by instruction-following difficulty. Each writes what it dropped with the r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,15 @@ from compress.context import StageContext, StageResult
 from compress.data.chunks import map_chunks
 from compress.data.funnel import finish
 from compress.data.rows import Dropped, Row, make_row, read_rows
-from compress.data.selection.difficulty import Scored, bare, mean_losses, ratio, select
+from compress.data.selection.difficulty import Scored, bare, first_targets, mean_losses, ratio, select
 from compress.data.selection.heuristic_rules import judge
 from compress.data.selection.near_duplicates import Rules, choose_bands, find_duplicates
 from compress.data.selection.params import DedupParams, HeuristicsParams, IfdParams
 from compress.encoding import encode_rows
 from compress.errors import DataError, UserError
-from compress.teachers import LocalTeacher, Teacher
+
+if TYPE_CHECKING:
+    from compress.teachers import Teacher
 
 CHUNK = 512  # rows scored between two checkpoints
 
@@ -105,7 +108,7 @@ def ifd(params: IfdParams, ctx: StageContext) -> StageResult:
         raise DataError(ctx.name, "no row has a prompt and an answer", "chat rows", "Take this step out for texts")
     scorer = _scorer(params, ctx)
     losses = answer_losses([rows[i] for i in scored], scorer, params, ctx)
-    measured = np.isfinite(losses).all(axis=1)
+    measured = [bool(np.isfinite(pair).all()) for pair in losses]
     ratios = ratio(losses[:, 0], losses[:, 1], definition=params.definition)
     items = [
         Scored(index, float(r), rows[index].label if params.by_label else None)
@@ -138,6 +141,8 @@ def _scorer(params: IfdParams, ctx: StageContext) -> Teacher:
             raise UserError(
                 f"{ctx.name}.scorer", "student, but no earlier step made a model", "teacher", "Move this step down"
             )
+        from compress.teachers import LocalTeacher  # torch loads on use
+
         return LocalTeacher(ctx.inputs["model"], threads=ctx.threads)
     if ctx.teacher is None:
         raise UserError(f"{ctx.name}.scorer", "teacher, but the profile names none", "", "Set teacher in the profile")
@@ -157,7 +162,8 @@ def answer_losses(rows: Sequence[Row], scorer: Teacher, params: IfdParams, ctx: 
             alone = [bare(row) for row in full]
         else:
             emptied = [_without_prompt(row) for row in chunk]
-            alone = encode_rows(emptied, tokenizer, max_tokens=params.max_tokens, truncate=True)
+            whole = encode_rows(emptied, tokenizer, max_tokens=params.max_tokens, truncate=True)
+            alone = [first_targets(row, whole_row.targets) for row, whole_row in zip(whole, full, strict=True)]
         return np.stack([mean_losses(scorer.score(full)), mean_losses(scorer.score(alone))], axis=1)
 
     return map_chunks(rows, score, folder=ctx.work, name="losses", size=CHUNK, progress=ctx.progress, what="ifd")
