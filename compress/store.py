@@ -114,6 +114,7 @@ class Store:
         self.say = say
         self._digests: dict[str, list[Any]] | None = None
         self._unwritten: list[str] = []
+        self._damaged: set[str] = set()
 
     @staticmethod
     def key(facts: Mapping[str, Any]) -> str:
@@ -143,11 +144,17 @@ class Store:
         files = self._manifest_files(folder)
         if files is None:
             return None
-        damage = _damage(folder, files, verify=verify)
+        damage = _damage(folder, files, verify=verify or key in self._damaged)
         if damage:
-            self.say(f"{folder}: damaged ({damage}); it is made again")
+            self._say_damage(folder, damage)
             return None
         return folder
+
+    def _say_damage(self, folder: Path, damage: str) -> None:
+        """Say it once; the key is remembered, so that `begin` does not take for whole what only ``verify`` found."""
+        if folder.name not in self._damaged:
+            self.say(f"{folder}: damaged ({damage}); it is made again")
+        self._damaged.add(folder.name)
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The figures that were kept when the artifact of ``key`` was made; None when there are none."""
@@ -170,7 +177,7 @@ class Store:
         except OSError as error:
             raise _store_error(error, folder / MANIFEST) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.say(f"{folder}: damaged (its manifest is not readable: {error}); it is made again")
+            self._say_damage(folder, f"its manifest is not readable: {error}")
             return None
 
     @contextmanager
@@ -229,6 +236,7 @@ class Store:
             os.rename(draft.path, tempfile.mkdtemp(prefix=f".old-{draft.key}-", dir=draft.path.parent))
         os.rename(draft.out, draft.path)
         _sync(draft.path.parent)
+        self._damaged.discard(draft.key)
         self._sweep_temporary(draft.key)
 
     @contextmanager
@@ -324,7 +332,8 @@ class Store:
                 total += sum(_bytes_of(path) for path in found)
                 if finished and key not in keep:
                     artifacts.append(key)
-                leftovers += [path.name for path in found if path not in (self.path(key),)]
+                else:
+                    leftovers += [path.name for path in found]
                 if not dry_run:
                     self._drop(key, found)
         return Swept(tuple(artifacts), tuple(leftovers), total)
