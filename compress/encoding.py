@@ -239,7 +239,7 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> li
     if not rows:
         return []
     encoded = []
-    for row, plain in zip(rows, tokenizer([row.text for row in rows])["input_ids"], strict=True):
+    for row, plain in zip(rows, tokenizer([row.text for row in rows], verbose=False)["input_ids"], strict=True):
         ids = _with_bos(plain, tokenizer)
         if len(ids) < 2:
             raise DataError(f"row {row.id}", "the text gives no token to predict", "a text of at least one token")
@@ -284,7 +284,7 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, whe
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The template writes its own special tokens, so none are added."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def _special(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

@@ -1,0 +1,209 @@
+"""A client for OpenAI-compatible servers: chat completions with log probabilities, retried within bounds.
+
+`ChatClient.complete` asks one conversation, `complete_all` many at a time and in order. Only the standard library;
+knows nothing of rows, stages or torch. A server that refuses (4xx) is the user's to correct and is not asked again;
+one that is busy, slow, silent or talks nonsense is asked ``attempts`` times, and then named in an error.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from compress.errors import EdgestillError, UserError
+from compress.progress import Bar
+
+logger = logging.getLogger(__name__)
+
+BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # worth asking again
+MAX_REPLY_BYTES = 16 << 20
+MAX_WAIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as text. ``mean_logprob`` (nats per token) is NaN where the server gave none."""
+
+    text: str
+    mean_logprob: float
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked with every conversation."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class _Nonsense(Exception):
+    """A reply that is not what the protocol says; internal, becomes an `EdgestillError`."""
+
+
+@dataclass(frozen=True)
+class ChatClient:
+    """Talks to ``url`` (such as ``http://localhost:8000/v1``) about ``model``.
+
+    Attributes:
+        timeout_s: how long the server may stay silent.
+        attempts: how often a request is sent at most.
+        backoff_s: pause before the second attempt, doubled each time; a server's Retry-After goes first.
+        key_variable: environment variable that holds the API key; nothing is sent when it is unset.
+        parallel: requests in flight.
+    """
+
+    url: str
+    model: str
+    timeout_s: float = 60.0
+    attempts: int = 4
+    backoff_s: float = 1.0
+    key_variable: str = "OPENAI_API_KEY"
+    parallel: int = 4
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError("teacher", f"the endpoint is {self.url!r}", "a URL such as http://localhost:8000/v1")
+        if not self.model:
+            raise UserError(
+                "teacher", "the endpoint names no model", "URL#MODEL, such as http://localhost:8000/v1#llama"
+            )
+        if parts.username or parts.password:
+            raise UserError("teacher", "the endpoint's URL holds a password", "the key in an environment variable")
+
+    def complete_all(
+        self, conversations: Sequence[Sequence[Mapping[str, str]]], request: Request, *, bar: Bar | None = None
+    ) -> list[Reply]:
+        """Answers in the order of ``conversations``; the first failure stops the rest."""
+        with ThreadPoolExecutor(max_workers=self.parallel) as pool:
+            futures = [pool.submit(self.complete, conversation, request) for conversation in conversations]
+            try:
+                replies = []
+                for future in futures:
+                    replies.append(future.result())
+                    if bar is not None:
+                        bar.advance()
+                return replies
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def complete(self, messages: Sequence[Mapping[str, str]], request: Request) -> Reply:
+        """Ask one conversation.
+
+        Raises:
+            UserError: the server refuses the request (4xx): key, model name, parameters.
+            EdgestillError: no usable reply after all attempts.
+        """
+        body = {
+            "model": self.model,
+            "messages": [dict(message) for message in messages],
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            "logprobs": True,
+        }
+        why = ""
+        for attempt in range(self.attempts):
+            wait = self.backoff_s * 2**attempt
+            try:
+                return _read_reply(self._post(json.dumps(body).encode()))
+            except urllib.error.HTTPError as error:
+                why = f"HTTP {error.code}: {_excerpt(_error_body(error))}"
+                if error.code not in BUSY:
+                    raise self._refused(error.code, why) from error
+                wait = _retry_after(error, wait)
+            except _Nonsense as error:
+                why = str(error)
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSError
+                why = _transport(error)
+            logger.warning("%s: attempt %d of %d: %s", self.url, attempt + 1, self.attempts, why)
+            if attempt + 1 < self.attempts:
+                time.sleep(min(wait, MAX_WAIT_S))
+        raise EdgestillError(
+            self.url,
+            f"no usable reply in {self.attempts} attempts; the last: {why}",
+            do="Check that the server runs and is not overloaded, then run again: what is done is kept",
+        )
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        key = os.environ.get(self.key_variable, "")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, data=body, headers=headers, method="POST")  # noqa: S310 - checked
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:  # noqa: S310 - http(s) only, checked
+            content: bytes = response.read(MAX_REPLY_BYTES + 1)
+        if len(content) > MAX_REPLY_BYTES:
+            raise _Nonsense(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
+        return content
+
+    def _refused(self, code: int, why: str) -> UserError:
+        advice = {
+            401: f"Set the environment variable {self.key_variable}",
+            403: f"Check the key in the environment variable {self.key_variable}",
+            404: f"Check the URL (it ends in /v1 on most servers) and the model name {self.model!r}",
+        }
+        return UserError(self.url, f"the server refuses: {why}", do=advice.get(code, "Check the endpoint's settings"))
+
+
+def _read_reply(content: bytes) -> Reply:
+    """The first choice of a chat completion."""
+    try:
+        choice = json.loads(content)["choices"][0]
+        text = choice["message"]["content"]
+        logprobs = [float(token["logprob"]) for token in ((choice.get("logprobs") or {}).get("content") or [])]
+        finished = choice.get("finish_reason") == "stop"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _Nonsense(f"not a chat completion: {_excerpt(content)}") from error
+    if text is None:
+        text = ""  # servers give null for an answer without text
+    if not isinstance(text, str):
+        raise _Nonsense(f"the message is no text: {_excerpt(content)}")
+    mean = sum(logprobs) / len(logprobs) if logprobs else math.nan
+    return Reply(text, mean if math.isfinite(mean) else math.nan, finished)
+
+
+def _transport(error: OSError | http.client.HTTPException) -> str:
+    reason: Any = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(error, http.client.IncompleteRead):
+        return f"the connection broke after {len(error.partial)} bytes"
+    if isinstance(reason, TimeoutError):
+        return "no reply in time"
+    return str(reason) or type(reason).__name__
+
+
+def _retry_after(error: urllib.error.HTTPError, otherwise: float) -> float:
+    """Seconds that the server asks to wait; a date or nonsense counts for nothing."""
+    try:
+        return max(0.0, float(error.headers.get("Retry-After", "")))
+    except (ValueError, AttributeError):
+        return otherwise
+
+
+def _error_body(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read(4096)
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
+def _excerpt(content: bytes) -> str:
+    text = " ".join(content[:400].decode("utf-8", errors="replace").split())
+    return (text[:160] + " ...") if len(text) > 160 else (text or "(empty)")
