@@ -1,0 +1,230 @@
+"""The offline cache of a teacher's distributions: what it thinks at every target position, a few bytes a token.
+
+A folder: ``header.json`` says of which teacher, tokenizer, chat template, vocabulary, k and temperature; each
+``shard-N.safetensors`` holds rows (keyed by a hash of their token ids, so that any order and any subset can be read)
+and beside it ``shard-N.json`` holds its digest and is written last: a shard without it does not exist.
+Codec ``topk``: log-softmax over the whole vocabulary first, then the k likeliest ids (uint16, or int32 beyond 65536),
+their fp16 log-probabilities and the fp16 logarithm of the mass of all others: 4k + 2 bytes a target token.
+Knows nothing of models or training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.errors import DataError, StoreError
+from compress.identities import plain_digest
+from compress.model.distillation.losses import Sparse
+from compress.model.distillation.resume import save_tensors, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHeader:
+    """What a cache is of; two caches with equal headers hold equal values.
+
+    Attributes:
+        teacher: digest of the teacher's files.
+        tokenizer: digest of the tokenizer.
+        template: digest of the chat template.
+        vocab: size of the vocabulary over which the log-softmax was taken.
+        top_k: entries per position.
+        temperature: at which the distribution was taken: the tail of another one cannot be had from it.
+        codec: how positions are stored.
+        version: of the format.
+    """
+
+    teacher: str
+    tokenizer: str
+    template: str
+    vocab: int
+    top_k: int
+    temperature: float
+    codec: str = "topk"
+    version: int = 1
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one target position, keys not counted."""
+        return min(self.top_k, self.vocab) * ((2 if self.vocab <= 1 << 16 else 4) + 2) + 2
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Positions as stored: ``ids`` (N, K) uint16 or int32, ``logprobs`` (N, K) fp16, ``log_tail`` (N,) fp16."""
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+
+
+def encode(logprobs: Tensor, top_k: int) -> Coded:
+    """Keep the ``top_k`` likeliest of ``logprobs`` (N, V), normalised over V, and the mass of the rest."""
+    vocab = logprobs.shape[1]
+    top, ids = logprobs.topk(min(top_k, vocab), dim=-1)  # sorted, likeliest first
+    if top_k >= vocab:
+        tail = torch.full_like(top[:, 0], -torch.inf)
+    else:  # summed from the rest itself: one minus the top would lose it where the teacher is sure
+        tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(dim=-1)
+    small = ids.to(torch.int32) if vocab > 1 << 16 else ids.to(torch.uint16)
+    return Coded(small, top.half(), tail.half())
+
+
+def decode(coded: Coded) -> Sparse:
+    """Undo `encode` up to rounding; renormalised, so that it is a distribution again and the KL cannot go negative."""
+    logprobs, tail = coded.logprobs.float(), coded.log_tail.float()
+    total = torch.logsumexp(torch.cat([logprobs, tail[:, None]], dim=1), dim=1)
+    return Sparse(_wide(coded.ids), logprobs - total[:, None], tail - total)
+
+
+def _wide(ids: Tensor) -> Tensor:
+    if ids.dtype == torch.uint16:  # hardly any operator knows uint16
+        return ids.view(torch.int16).long() & 0xFFFF
+    return ids.long()
+
+
+class TargetCache:
+    """An open cache: `missing` rows can be added by `append`, and positions read by `take`."""
+
+    def __init__(self, folder: Path, header: CacheHeader) -> None:
+        """Open or begin the cache in ``folder``; shards that fail their digest are left aside, as if never written.
+
+        Raises:
+            DataError: the folder holds the cache of another teacher, tokenizer, template or setting.
+            StoreError: the header cannot be read or written.
+        """
+        self.folder, self.header = folder, header
+        self._parts: list[Coded] = []
+        self._ends: list[int] = []  # positions up to the end of each shard
+        self._where: dict[bytes, int] = {}  # key of a row -> its first position
+        self._next = 0  # number of the next shard
+        self._check_header()
+        for marker in sorted(folder.glob("shard-*.json")):
+            self._next = int(marker.stem.partition("-")[2]) + 1
+            self._open_shard(marker)
+
+    @property
+    def positions(self) -> int:
+        """Target positions in the cache."""
+        return self._ends[-1] if self._ends else 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._where
+
+    def first_position(self, key: bytes, row: str) -> int:
+        """Where the positions of a row begin.
+
+        Raises:
+            DataError: the cache does not hold the row.
+        """
+        try:
+            return self._where[key]
+        except KeyError:
+            raise DataError(
+                f"{self.folder}: row {row}", "is not in the teacher's cache", do="Fill the cache with these rows first"
+            ) from None
+
+    def append(self, keys: Sequence[bytes], counts: Sequence[int], coded: Coded) -> None:
+        """Add rows as one shard: whole after this call, or not there at all.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        path = self.folder / f"shard-{self._next:05d}.safetensors"
+        tensors = {
+            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1).copy()),
+            "counts": torch.tensor(counts, dtype=torch.int32),
+            "ids": coded.ids,
+            "logprobs": coded.logprobs,
+            "log_tail": coded.log_tail,
+        }
+        save_tensors(path, tensors, {})
+        marker = {"sha256": plain_digest(path), "rows": len(keys), "positions": len(coded.log_tail)}
+        write_json(path.with_suffix(".json"), marker)
+        self._next += 1
+        self._add(tensors)
+
+    def take(self, positions: Tensor) -> Sparse:
+        """The teacher's targets at ``positions`` (N,) int64, in their order."""
+        width = self._parts[0].ids.shape[1]
+        picked = Coded(
+            torch.empty((len(positions), width), dtype=self._parts[0].ids.dtype),
+            torch.empty((len(positions), width), dtype=torch.float16),
+            torch.empty(len(positions), dtype=torch.float16),
+        )
+        shard = torch.bucketize(positions, torch.tensor(self._ends), right=True)
+        for number, part in enumerate(self._parts):
+            here = torch.nonzero(shard == number)[:, 0]
+            if len(here):
+                inside = positions[here] - (self._ends[number - 1] if number else 0)
+                _bits(picked.ids)[here] = _bits(part.ids)[inside]
+                picked.logprobs[here] = part.logprobs[inside]
+                picked.log_tail[here] = part.log_tail[inside]
+        return decode(picked)
+
+    def _check_header(self) -> None:
+        path = self.folder / "header.json"
+        wanted = asdict(self.header)
+        if not path.is_file():
+            write_json(path, wanted)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(str(path), f"cannot be read ({error})", do="Remove the folder; it is made anew") from error
+        for name, value in wanted.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                got = found.get(name) if isinstance(found, dict) else found
+                raise DataError(
+                    str(path),
+                    f"the cache's {name} is {got!r}",
+                    repr(value),
+                    f"It was made with another {name}: remove the folder, or use the {name} that it was made with",
+                )
+
+    def _open_shard(self, marker: Path) -> None:
+        path = marker.with_suffix(".safetensors")
+        try:
+            digest = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
+            if plain_digest(path) != digest:
+                logger.warning("%s fails its digest; its rows are computed again", path)
+                return
+            tensors = load_file(path)  # mapped, so that only what is taken is read
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("%s cannot be read (%s); its rows are computed again", path, error)
+            return
+        self._add(tensors)
+
+    def _add(self, tensors: dict[str, Tensor]) -> None:
+        at = self.positions
+        keys = tensors["keys"].numpy()
+        for key, count in zip(keys, tensors["counts"].tolist(), strict=True):
+            self._where.setdefault(key.tobytes(), at)
+            at += count
+        self._parts.append(Coded(tensors["ids"], tensors["logprobs"], tensors["log_tail"]))
+        self._ends.append(at)
+
+
+def shards(counts: Sequence[int], size: int) -> Iterator[slice]:
+    """Cut rows with ``counts`` targets into runs of at least ``size`` targets (the last may have fewer)."""
+    start = total = 0
+    for end, count in enumerate(counts, start=1):
+        total += count
+        if total >= size or end == len(counts):
+            yield slice(start, end)
+            start, total = end, 0
+
+
+def _bits(ids: Tensor) -> Tensor:
+    return ids.view(torch.int16) if ids.dtype == torch.uint16 else ids

@@ -1,0 +1,223 @@
+"""Losses of distillation, as pure functions: tensors in, loss per position and gradient out.
+
+`cross_entropy` and `forward_kl` take logits and return (loss, d loss / d logits) in closed form; `fused_loss` takes
+hidden states at the kept positions and the output head, and runs both in chunks of positions, so that the matrix
+positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities), `Sparse` (top k and
+the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows nothing of models,
+rows, caches or optimizers.
+
+Shapes: N kept positions, V vocabulary that the tokenizer can produce, K cached entries, H width. Units: nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cache of a server, small beside a model
+
+
+class Targets(Protocol):
+    """What the teacher says at N positions; `narrow` gives the part that a chunk of positions needs."""
+
+    def narrow(self, start: int, stop: int) -> Dense | Sparse: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The teacher's distribution at each position: ``logprobs`` (N, V), normalised over V."""
+
+    logprobs: Tensor
+
+    def narrow(self, start: int, stop: int) -> Dense:
+        """Positions ``start`` to ``stop``."""
+        return Dense(self.logprobs[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """The K likeliest tokens of the teacher and the mass of all others.
+
+    ``ids`` (N, K) int64 without repetition in a row, ``logprobs`` (N, K), ``log_tail`` (N,): the logarithm of
+    1 - sum(exp(logprobs)), -inf where K = V. Leaving the tail out biases the student (Anshumann et al. 2025,
+    "Sparse Logit Sampling", section 3): it learns the renormalised top K, too sure of itself.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+
+    def narrow(self, start: int, stop: int) -> Sparse:
+        """Positions ``start`` to ``stop``."""
+        return Sparse(self.ids[start:stop], self.logprobs[start:stop], self.log_tail[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """The teacher's hidden states (N, H) and output head (V, H); the distribution is made chunk by chunk."""
+
+    hidden: Tensor
+    head: Tensor
+    temperature: float
+
+    def narrow(self, start: int, stop: int) -> Dense:
+        """Positions ``start`` to ``stop``, as `Dense`."""
+        return Dense(log_softmax_at(self.hidden[start:stop] @ self.head.T, self.temperature))
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """loss = (1 - kd_weight) * cross-entropy + kd_weight * temperature^2 * KL(teacher || student).
+
+    The square keeps the size of the KL gradient independent of the temperature (Hinton et al. 2015, section 2).
+    """
+
+    kd_weight: float = 0.5
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """Sums over the positions: ``loss`` carries the gradient; ``ce`` and ``kl`` (without its factors) do not."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def log_softmax_at(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of ``logits`` (N, V) at ``temperature``, in fp32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Cross-entropy against (1 - e) one-hot + e / V (Szegedy et al. 2016, section 7): loss (N,), gradient (N, V)."""
+    lse = torch.logsumexp(logits, dim=-1)  # (N,)
+    given = labels[:, None]
+    picked = logits.gather(1, given)[:, 0]
+    loss = lse - (1.0 - label_smoothing) * picked
+    grad = (logits - lse[:, None]).exp_()
+    grad.scatter_add_(1, given, grad.new_full((1, 1), label_smoothing - 1.0).expand_as(given))
+    if label_smoothing:
+        loss = loss - label_smoothing * logits.mean(dim=-1)
+        grad -= label_smoothing / logits.shape[1]
+    return loss, grad
+
+
+def forward_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student at ``temperature``): loss (N,), gradient with respect to ``logits`` (N, V).
+
+    The teacher's log-probabilities must have been taken at the same temperature.
+    """
+    scaled = logits if temperature == 1.0 else logits / temperature
+    loss, grad = _kl_dense(scaled, targets) if isinstance(targets, Dense) else _kl_sparse(scaled, targets)
+    return loss, grad if temperature == 1.0 else grad / temperature
+
+
+def _kl_dense(logits: Tensor, targets: Dense) -> tuple[Tensor, Tensor]:
+    student = torch.log_softmax(logits, dim=-1)
+    teacher = targets.logprobs.exp()
+    # a probability of zero contributes zero, though its logarithm is -inf
+    terms = torch.where(teacher > 0, teacher * (targets.logprobs - student), 0.0)
+    return terms.sum(dim=-1), student.exp_().sub_(teacher)
+
+
+def _kl_sparse(logits: Tensor, targets: Sparse) -> tuple[Tensor, Tensor]:
+    """The K tokens and one bucket for all others: the KL between the two coarsened distributions.
+
+    Only the student's log-sum-exp, its K gathered logits and the mass of its rest are needed. The gradient is
+    q_i - p_i at the K tokens and q_j * (1 - p_tail / q_tail) elsewhere. The rest is summed, not taken as one minus
+    the K, which would lose it to cancellation wherever the student is sure.
+    """
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
+    top = logits.gather(1, targets.ids) - lse  # (N, K), log q_i
+    probabilities = targets.logprobs.exp()
+    rest = (logits - lse).exp_().scatter_(1, targets.ids, 0.0)  # (N, V), q_j of the others
+    tiny = torch.finfo(logits.dtype).tiny
+    mass = rest.sum(dim=-1).clamp_min_(tiny)
+    tail = targets.log_tail.exp()
+    kl = torch.where(probabilities > 0, probabilities * (targets.logprobs - top), 0.0).sum(dim=-1)
+    kl = kl + torch.where(tail > 0, tail * (targets.log_tail - mass.log()), 0.0)
+    rest *= (1.0 - tail / mass)[:, None]
+    return kl, rest.scatter_(1, targets.ids, top.exp_() - probabilities)
+
+
+def combined(
+    logits: Tensor, labels: Tensor, targets: Dense | Sparse | None, weights: LossWeights, *, with_grad: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The mix of `LossWeights`: (loss, ce, kl), each (N,), and the gradient (N, V), ``None`` when not asked for."""
+    ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
+    if targets is None or weights.kd_weight == 0.0:
+        return ce, ce, torch.zeros_like(ce), grad if with_grad else None
+    kl, kl_grad = forward_kl(logits, targets, temperature=weights.temperature)
+    share = weights.kd_weight
+    squared = share * weights.temperature**2
+    loss = (1.0 - share) * ce + squared * kl
+    if not with_grad:
+        return loss, ce, kl, None
+    return loss, ce, kl, grad.mul_(1.0 - share).add_(kl_grad, alpha=squared)
+
+
+class _Fused(torch.autograd.Function):
+    """Loss from hidden states; the gradients are made on the way forward, chunk by chunk, and kept for backward."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - the signature is autograd's
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        weights: LossWeights,
+        chunk: int,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)  # loss, ce, kl
+        d_hidden = torch.empty_like(hidden) if with_grad else None
+        d_head = torch.zeros_like(head) if with_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            stop = min(start + chunk, hidden.shape[0])
+            part = hidden[start:stop]
+            logits = (part @ head.T).to(kind)  # (n, V)
+            aim = None if targets is None else targets.narrow(start, stop)
+            *losses, grad = combined(logits, labels[start:stop], aim, weights, with_grad=with_grad)
+            sums += torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
+            if grad is not None and d_hidden is not None and d_head is not None:
+                d_hidden[start:stop] = grad @ head
+                d_head += grad.T @ part
+        ctx.save_for_backward(d_hidden, d_head)
+        loss, ce, kl = sums.to(kind).unbind()
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_head = ctx.saved_tensors
+        scale = outer[0]
+        return d_hidden * scale, d_head * scale, None, None, None, None, None
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    targets: Targets | None,
+    weights: LossWeights,
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> LossParts:
+    """Sum of the mixed loss over N positions, from ``hidden`` (N, H) and ``head`` (V, H), ``labels`` (N,) int64.
+
+    ``head`` holds only the rows that the tokenizer can produce, so that padded rows of the vocabulary take no
+    probability. At most ``chunk_elements`` logits exist at a time. Differentiable once in ``hidden`` and ``head``.
+    """
+    chunk = max(1, chunk_elements // head.shape[0])
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    apply = cast(Any, _Fused.apply)
+    return LossParts(*apply(hidden, head, labels, targets, weights, chunk, with_grad))

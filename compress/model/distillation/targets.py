@@ -1,0 +1,176 @@
+"""The teacher's side of distillation: one callable, ``targets(batch) -> Targets``; the trainer cannot tell which.
+
+`OnlineTargets` runs the teacher on the batch; `CachedTargets` reads what `fill_cache` stored. `shared_vocabulary`
+says how many token ids teacher and student have in common, `cache_header` what a cache is of.
+Knows nothing of losses beyond the shape of a target, and nothing of optimizers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.identities import digest_of
+from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, encode, shards
+from compress.model.distillation.losses import States, Targets
+from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.layers import output_head
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+TargetFn = Callable[[Batch], Targets]
+SHARD_POSITIONS = 16_384  # a kill loses at most the teacher's work on these
+TEACHER_TOKENS = 4_096  # padded tokens of one teacher batch
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states (N, H) at the kept positions of ``batch``; no mask is needed, see `packing`."""
+    states: Tensor = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+    return states.reshape(-1, states.shape[-1]).index_select(0, batch.keep)
+
+
+class OnlineTargets:
+    """Runs the teacher on every batch."""
+
+    def __init__(self, teacher: nn.Module, *, vocab: int, temperature: float = 1.0, bf16: bool = False) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.head = output_head(teacher).weight[:vocab]  # padded rows of the vocabulary take no probability
+        self.temperature, self.bf16 = temperature, bf16
+
+    def __call__(self, batch: Batch) -> States:
+        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return States(hidden_states(self.teacher, batch).to(self.head.dtype), self.head, self.temperature)
+
+
+class CachedTargets:
+    """Reads the targets of a table's rows from a cache."""
+
+    def __init__(self, cache: TargetCache, table: RowTable) -> None:
+        """Look every row up at once.
+
+        Raises:
+            DataError: a row is not in the cache.
+        """
+        self.cache = cache
+        self.first = torch.tensor([cache.first_position(table.key(row), f"number {row}") for row in range(len(table))])
+
+    def __call__(self, batch: Batch) -> Targets:
+        before = torch.cumsum(batch.counts, 0) - batch.counts  # targets of the batch before each row
+        shift = torch.repeat_interleave(self.first[batch.rows] - before, batch.counts)
+        sparse = self.cache.take(shift + torch.arange(len(shift)))
+        device = batch.labels.device
+        if device.type == "cpu":
+            return sparse
+        return type(sparse)(sparse.ids.to(device), sparse.logprobs.to(device), sparse.log_tail.to(device))
+
+
+def fill_cache(cache: TargetCache, table: RowTable, online: OnlineTargets, progress: Progress) -> None:
+    """Compute what ``cache`` lacks of ``table``; killed and run again, it goes on at the next shard.
+
+    Shards and batches are cut from all rows before those already stored are skipped, so that a resumed cache
+    holds the very bits of an unbroken one (a product's last bit depends on the size of its batch).
+    """
+    keys = [table.key(row) for row in range(len(table))]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # equal rows are computed once
+    rows = np.array(sorted(first.values(), key=lambda row: (table.lengths[row], keys[row])), dtype=np.int64)
+    with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
+        for piece in shards(table.counts[rows].tolist(), SHARD_POSITIONS):
+            run = rows[piece]
+            if not all(keys[row] in cache for row in run):
+                cache.append([keys[row] for row in run], table.counts[run].tolist(), _coded(run, table, online, cache))
+            bar.advance(int(table.lengths[run].sum()))
+
+
+def _coded(rows: Indices, table: RowTable, online: OnlineTargets, cache: TargetCache) -> Coded:
+    """Teacher's coded targets of ``rows`` (sorted by length), in their order."""
+    device = online.head.device
+    parts = []
+    for piece in cut(rows, table.lengths, TEACHER_TOKENS):
+        states = online(table.batch(piece).to(device))
+        count = states.hidden.shape[0]
+        step = max(1, (1 << 22) // cache.header.vocab)
+        for start in range(0, count, step):
+            dense = states.narrow(start, min(start + step, count))
+            parts.append(encode(dense.logprobs.cpu(), cache.header.top_k))
+    return Coded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs", "log_tail")))
+
+
+def cache_header(tokenizer: Any, *, teacher: str, vocab: int, top_k: int, temperature: float) -> CacheHeader:
+    """Header of the cache of the teacher with identity ``teacher``, for rows made with ``tokenizer``."""
+    return CacheHeader(
+        teacher=teacher,
+        tokenizer=digest_of(tokenizer.get_vocab()),
+        template=digest_of(tokenizer.chat_template),
+        vocab=vocab,
+        top_k=min(top_k, vocab),
+        temperature=temperature,
+    )
+
+
+def shared_vocabulary(
+    teacher: tuple[Mapping[str, Any], Mapping[str, int]],
+    student: tuple[Mapping[str, Any], Mapping[str, int]],
+    *,
+    where: str,
+) -> int:
+    """Number of token ids that both models can produce; each side is (config, token -> id).
+
+    The embeddings may be padded to different sizes; the tokens must be the same.
+
+    Raises:
+        ModelError: the tokenizers differ, or a model's vocabulary is smaller than its tokenizer's.
+    """
+    (teacher_config, teacher_ids), (student_config, student_ids) = teacher, student
+    if teacher_ids != student_ids:
+        differing = sorted({*teacher_ids.items()} ^ {*student_ids.items()}, key=lambda item: (item[1], item[0]))
+        token, number = differing[0]
+        raise ModelError(
+            where,
+            f"teacher and student have different tokenizers ({len(teacher_ids)} and {len(student_ids)} tokens; "
+            f"{token!r} is {number} in one of them only)",
+            "one tokenizer for both: distillation on logits compares token by token",
+            "Use init: teacher_layers or scratch, which take the teacher's tokenizer",
+        )
+    vocab = max(teacher_ids.values()) + 1
+    for name, config in (("teacher", teacher_config), ("student", student_config)):
+        if int(config["vocab_size"]) < vocab:
+            raise ModelError(
+                where, f"the {name}'s vocab_size is {config['vocab_size']}", f"at least {vocab}, its tokenizer's size"
+            )
+    return vocab
+
+
+def local_folder(folder: Path | None, *, where: str) -> Path:
+    """The folder of a teacher that must be at hand as weights.
+
+    Raises:
+        ModelError: the teacher is an endpoint or a recording.
+    """
+    if folder is None:
+        raise ModelError(
+            where,
+            "the teacher is not a local model, and distillation on logits needs all its log-probabilities",
+            "a teacher given as a model folder",
+        )
+    return folder
+
+
+def check_rows_fit(table: RowTable, configs: Sequence[Mapping[str, Any]], *, where: str) -> None:
+    """Raise ModelError when a row is longer than the context of one of the models."""
+    longest = int(table.lengths.max())
+    for config in configs:
+        context = config.get("max_position_embeddings")
+        if context is not None and longest > int(context):
+            raise ModelError(
+                where, f"a row has {longest} tokens", f"at most {context}, the model's context", "Lower max_tokens"
+            )

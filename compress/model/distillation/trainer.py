@@ -1,0 +1,443 @@
+"""The training loop of distillation, reused for the recovery of pruned models.
+
+`train` takes a student, a callable that gives the teacher's targets, rows and `TrainSettings`, trains the student in
+place and returns a `TrainReport`. It checkpoints into the stage's work folder and, killed and called again, goes on
+and ends with the very bits of an unbroken run: batches and learning rate are pure functions of the step, and weights,
+optimizer, random state and running sums are in the checkpoint. A loss that is NaN or runs away stops it.
+Knows nothing of teachers, caches or profiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from compress.errors import ModelError, StoreError, TrainingError, UserError
+from compress.model.distillation.losses import LossParts, LossWeights, Targets, fused_loss
+from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
+from compress.model.distillation.packing import Batch, BatchOrder, Indices, RowTable, TokenIds, cut, split_rows
+from compress.model.distillation.resume import read_tensors, save_tensors
+from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
+from compress.model.distillation.targets import TargetFn, hidden_states
+from compress.model.layers import output_head
+
+if TYPE_CHECKING:
+    from compress.context import StageContext
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_TOKENS = 8192  # padded tokens of one held-out batch
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What came of a run. Losses are nats per target token; ``validation_*`` are ``None`` without held-out rows.
+
+    ``seconds`` and ``tokens_per_s`` (real tokens, padding not counted) are of this process alone.
+    """
+
+    steps: int
+    tokens: int
+    train_rows: int
+    validation_rows: int
+    start_loss: float | None
+    validation_loss: float | None
+    validation_ce: float | None
+    validation_kl: float | None
+    kept_step: int
+    resumed_from: int
+    precision: str
+    seconds: float
+    tokens_per_s: float
+    notes: list[str] = field(default_factory=list)
+
+
+class DistillationModel(nn.Module):
+    """A student with its loss, one module, so that a data-parallel wrapper sees every use of its weights."""
+
+    def __init__(self, student: nn.Module, weights: LossWeights, vocab: int) -> None:
+        super().__init__()
+        self.student, self.weights, self.vocab = student, weights, vocab
+
+    def forward(self, batch: Batch, targets: Targets | None) -> LossParts:
+        """Sums of the losses over the kept positions of ``batch``."""
+        hidden = hidden_states(self.student, batch)
+        head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
+        return fused_loss(hidden, head, batch.labels, targets, self.weights)
+
+
+@dataclass(slots=True)
+class _Position:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    start_loss: float | None = None
+    last: dict[str, float] = field(default_factory=dict)  # figures of the last validation
+    bf16: bool = False
+
+
+def train(  # noqa: PLR0917 - six things, each of its own type
+    student: nn.Module,
+    target_fn: TargetFn | None,
+    rows: Sequence[TokenIds] | RowTable,
+    settings: TrainSettings,
+    ctx: StageContext,
+    log_path: Path,
+    *,
+    vocab: int | None = None,
+    name: str = "training",
+) -> TrainReport:
+    """Train ``student`` in place on ``rows`` towards ``target_fn`` and return what came of it.
+
+    ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
+    targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
+    tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. The student is in eval mode after.
+
+    Raises:
+        DataError: no rows, or a row without an answer token.
+        ModelError: a token id outside the vocabulary.
+        TrainingError: the loss is NaN or diverges; the best weights so far stay in ``ctx.work``.
+        StoreError: a checkpoint cannot be written.
+    """
+    size = int(output_head(student).weight.shape[0])
+    vocab = size if vocab is None else vocab
+    if vocab > size:
+        raise ModelError(ctx.name, f"the student's vocabulary has {size} entries", f"at least {vocab}, the teacher's")
+    if target_fn is None and settings.loss.kd_weight != 0:
+        raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
+    table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
+    with threads(ctx.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name).finish()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use ``count`` threads of the CPU; as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One run of `train`."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        target_fn: TargetFn | None,
+        table: RowTable,
+        settings: TrainSettings,
+        ctx: StageContext,
+        *,
+        log_path: Path,
+        vocab: int,
+        name: str,
+    ) -> None:
+        self.student, self.target_fn, self.table, self.settings, self.ctx = student, target_fn, table, settings, ctx
+        if settings.loss.kd_weight == 0:
+            self.target_fn = None  # the teacher need not run for what is not looked at
+        training, held = split_rows(
+            table,
+            validation_share=settings.validation_share,
+            validation_rows=settings.validation_rows,
+            seed=settings.seed,
+        )
+        self.training, self.held = training, held
+        self.order = BatchOrder(table.lengths, training, batch_tokens=settings.batch_tokens, seed=settings.seed)
+        self.total = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
+        self.named = dict(student.named_parameters())
+        self.checkpoint_path = ctx.work / f"{name}.checkpoint.safetensors"
+        self.best_path = ctx.work / f"{name}.best.safetensors"
+        self.fingerprint = self._fingerprint(vocab)
+        self.guard = DivergenceGuard(ctx.name)
+        self.at = _Position()
+        saved = self._saved()
+        self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=self._bf16())
+        self._prepare(vocab)
+        self.average = [p.detach().clone() for p in self.named.values()] if settings.average_decay else None
+        if saved:
+            self._restore(*saved)
+        self.resumed_from = self.at.step
+        self.log = TrainLog(log_path, step=self.at.step, state=saved[1]["log"] if saved else None)
+
+    def _bf16(self) -> bool:
+        head = output_head(self.student).weight
+        tokens = min(self.settings.batch_tokens, 4096)
+        width = int(head.shape[1])
+        return choose_bf16(
+            self.settings.precision, tokens=tokens, width=width, inner=4 * width, device=head.device.type
+        )
+
+    def _prepare(self, vocab: int) -> None:
+        # accelerate keeps the number format in a process-wide singleton and refuses a second one with another value
+        AcceleratorState._reset_state(True)
+        self.accelerator = Accelerator(mixed_precision="bf16" if self.at.bf16 else "no")
+        if self.accelerator.num_processes != 1:
+            raise UserError(
+                self.ctx.name,
+                f"started on {self.accelerator.num_processes} processes",
+                "one: each would train on all rows",
+                "Start edgestill without a launcher",
+            )
+        matrices = [p for p in self.named.values() if p.ndim > 1]
+        vectors = [p for p in self.named.values() if p.ndim <= 1]  # norm gains and biases are not decayed
+        groups = [
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            fused=True,
+        )
+        model = DistillationModel(self.student, self.settings.loss, vocab)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def finish(self) -> TrainReport:
+        """Run what is left, load the weights to keep and report."""
+        start = time.monotonic()
+        due = self._validation_steps()
+        if self.at.step == 0:
+            self._validate(0)
+        saved_at, clock = time.monotonic(), Clock()
+        with self.ctx.progress.bar("distillation", self.total) as bar:
+            bar.advance(self.at.step)
+            while self.at.step < self.total:
+                loss = self._step(clock)
+                extra = self._validate(self.at.step) if self.at.step in due else {}
+                self._log_line(extra)
+                if self._checkpoint_due(saved_at):
+                    self._save()
+                    saved_at = time.monotonic()
+                clock.lap()
+                bar.advance(note=f"loss {loss:.3f}")
+        if self.resumed_from < self.total:
+            self._save()  # a kill between here and the stage's own saving then costs nothing
+        notes = self._keep()
+        return self._report(time.monotonic() - start, notes)
+
+    def _step(self, clock: Clock) -> float:
+        """One optimizer step; returns its loss per position."""
+        rows = self.order[self.at.step]
+        parts = np.array_split(rows, min(self.settings.accumulate, len(rows)))
+        positions, tokens = int(self.table.counts[rows].sum()), int(self.table.lengths[rows].sum())
+        sums = np.zeros(3)
+        self.model.train()
+        for part in parts:
+            losses = self._losses(part)
+            self.accelerator.backward(losses.loss / positions)
+            sums += [float(losses.loss.detach()), float(losses.ce), float(losses.kl)]
+        norm = float(self.accelerator.clip_grad_norm_(list(self.named.values()), self.settings.grad_clip))
+        self.guard.check(self.at.step + 1, float(sums[0]) / positions, norm, self._advice())
+        rate = learning_rate(self.at.step, self.total, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            # the decay rises from 0, so that the random start is soon forgotten
+            decay = min(self.settings.average_decay, (1 + self.at.step) / (10 + self.at.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.named.values()], 1 - decay)
+        self.at.step += 1
+        self.at.tokens += tokens
+        loss, ce, kl = sums.tolist()
+        self.log.add(loss=loss, ce=ce, kl=kl, positions=positions, tokens=tokens, seconds=clock.lap())
+        return float(loss / positions)
+
+    def _losses(self, rows: Indices) -> LossParts:
+        batch = self.table.batch(rows).to(self.accelerator.device)
+        targets = None if self.target_fn is None else self.target_fn(batch)
+        parts: LossParts = self.model(batch, targets)
+        return parts
+
+    def _log_line(self, extra: dict[str, float]) -> None:
+        every = self.settings.log_every or max(1, self.total // 100)
+        if extra or self.at.step % every == 0 or self.at.step == self.total:
+            rate = learning_rate(self.at.step - 1, self.total, self.settings)
+            self.log.line(self.at.step, learning_rate=rate, **extra)
+
+    # -- held-out rows -------------------------------------------------------------------------------------------
+
+    def _validation_steps(self) -> set[int]:
+        if not len(self.held):
+            return set()
+        count = max(1, min(self.settings.validations, self.total))
+        return {round(self.total * (i + 1) / count) for i in range(count)}
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Loss on the held-out rows; the best weights are written when it is the lowest so far."""
+        if not len(self.held):
+            return {}
+        with self._averaged():
+            figures = self._measure()
+            loss = figures["validation_loss"]
+            if not np.isfinite(loss):
+                raise TrainingError(f"{self.ctx.name}: step {step}", f"the held-out loss is {loss}", do=self._advice())
+            if self.at.best_loss is None or loss < self.at.best_loss:
+                self.at.best_loss, self.at.best_step = loss, step
+                save_tensors(self.best_path, self.named, {"step": step, "fingerprint": self.fingerprint})
+        self.at.last = figures
+        if step == 0:
+            self.at.start_loss = loss
+            self.log.line(0, **figures)
+        return figures
+
+    def _measure(self) -> dict[str, float]:
+        rows = self.held[np.argsort(self.table.lengths[self.held], kind="stable")]
+        sums = np.zeros(3)
+        self.model.eval()
+        with torch.no_grad():
+            for piece in cut(rows, self.table.lengths, EVALUATION_TOKENS):
+                losses = self._losses(piece)
+                sums += [float(losses.loss), float(losses.ce), float(losses.kl)]
+        sums /= int(self.table.counts[rows].sum())
+        return dict(zip(("validation_loss", "validation_ce", "validation_kl"), sums.tolist(), strict=True))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the model's place, where they are kept."""
+        if self.average is None:
+            yield
+            return
+        current = [p.detach().clone() for p in self.named.values()]
+        self._load(self.average)
+        try:
+            yield
+        finally:
+            self._load(current)
+
+    def _load(self, tensors: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, tensor in zip(self.named.values(), tensors, strict=True):
+                parameter.copy_(tensor)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _fingerprint(self, vocab: int) -> str:
+        """What a checkpoint must agree on: settings, rows, and the student as it was handed over."""
+        digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
+        digest.update(f"{vocab} {self.table.fingerprint()}".encode())
+        for name, parameter in self.named.items():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        found = read_tensors(self.checkpoint_path)
+        if found is not None and found[1].get("fingerprint") != self.fingerprint:
+            logger.warning("%s is of another run and left aside", self.checkpoint_path)
+            return None
+        return found
+
+    def _checkpoint_due(self, saved_at: float) -> bool:
+        steps = self.settings.checkpoint_every_steps
+        if steps is not None:
+            return self.at.step % steps == 0
+        return time.monotonic() - saved_at >= self.settings.checkpoint_every_s
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.named.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        if self.average is not None:
+            tensors |= {f"average.{i}": value for i, value in enumerate(self.average)}
+        tensors["random"] = torch.get_rng_state()
+        values = {
+            "fingerprint": self.fingerprint,
+            "position": asdict(self.at),
+            "log": self.log.sums,
+            "guard": self.guard.state(),
+        }
+        save_tensors(self.checkpoint_path, tensors, values)
+
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self._load([tensors[f"model.{name}"] for name in self.named])
+        if self.average is not None:
+            self.average = [tensors[f"average.{i}"].clone() for i in range(len(self.average))]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.guard.restore(values["guard"])
+        torch.set_rng_state(tensors["random"])
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> list[str]:
+        """Put the weights to keep into the student; returns notes for the user."""
+        notes: list[str] = []
+        if self.settings.keep == "best" and len(self.held):
+            best = read_tensors(self.best_path)
+            if best is None or best[1] != {"step": self.at.best_step, "fingerprint": self.fingerprint}:
+                raise StoreError(
+                    str(self.best_path),
+                    f"does not hold the best weights, of step {self.at.best_step}",
+                    do="Remove the folder and run again",
+                )
+            self._load([best[0][name] for name in self.named])
+        elif self.average is not None:
+            self._load(self.average)
+        if self.settings.keep == "best" and not len(self.held):
+            notes.append("no rows are held out, so the last weights were kept, not the best")
+        if self.at.start_loss is not None and self.at.last["validation_loss"] > self.at.start_loss:
+            notes.append(
+                f"training made the held-out loss worse: {self.at.start_loss:.4f} at the start, "
+                f"{self.at.last['validation_loss']:.4f} at the end"
+            )
+        self.student.eval()
+        return notes
+
+    def _report(self, seconds: float, notes: list[str]) -> TrainReport:
+        kept_best = self.settings.keep == "best" and len(self.held) > 0
+        figures = self._measure() if len(self.held) else {}
+        return TrainReport(
+            steps=self.total,
+            tokens=self.at.tokens,
+            train_rows=len(self.training),
+            validation_rows=len(self.held),
+            start_loss=self.at.start_loss,
+            validation_loss=figures.get("validation_loss"),
+            validation_ce=figures.get("validation_ce"),
+            validation_kl=figures.get("validation_kl"),
+            kept_step=self.at.best_step if kept_best else self.total,
+            resumed_from=self.resumed_from,
+            precision="bf16" if self.at.bf16 else "fp32",
+            seconds=seconds,
+            tokens_per_s=self.log.total_tokens / self.log.total_seconds if self.log.total_seconds else 0.0,
+            notes=notes,
+        )
+
+    def _advice(self) -> str:
+        advice = f"Lower learning_rate (now {self.settings.learning_rate:g})"
+        if self.best_path.is_file() and self.at.best_loss is not None:
+            advice += (
+                f"; the best weights, of step {self.at.best_step} with held-out loss {self.at.best_loss:.4f}, "
+                f"are kept in {self.best_path}"
+            )
+        return advice
