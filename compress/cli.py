@@ -131,7 +131,7 @@ def run(
     from compress.profile import load_profile
 
     record = run_profile(
-        load_profile(profile, overrides or []),
+        load_profile(profile, overrides=overrides or []),
         store=open_store(store),
         until=until,
         verify=verify,
@@ -160,7 +160,7 @@ def plan(
     from compress.profile import load_profile
 
     opened = open_store(store)
-    planned = plan_profile(load_profile(profile, overrides or []), store=opened)
+    planned = plan_profile(load_profile(profile, overrides=overrides or []), store=opened)
     foretold = estimate(planned)
     rows = [
         {"name": node.name, "key": node.key, "cached": opened.lookup(node.key) is not None, "seconds": seconds}
@@ -253,9 +253,8 @@ def export(
     """Turn a checkpoint into a bundle for a device, and prove that it computes the same."""
     from compress.single import Request, run_stage, stage_and_params
 
-    line, params = stage_and_params(
-        "deploy.export", overrides or [], {"formats": [f.value for f in formats or [Format.onnx]]}
-    )
+    chosen = ", ".join(one.value for one in formats or [Format.onnx])
+    line, params = stage_and_params("deploy.export", [f"formats=[{chosen}]", *(overrides or [])])
     place = out or Path(f"{model.resolve().name}-{Path(target).stem}")
     inputs = {"model": model, **({"data": data} if data is not None else {})}
     result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))
@@ -276,7 +275,7 @@ def bench(
     """Time a bundle on this machine: prefill, decode, first token, peak memory."""
     from compress.single import Request, run_stage, stage_and_params
 
-    line, params = stage_and_params("deploy.bench", overrides or [], {"method": "local"})
+    line, params = stage_and_params("deploy.bench.local", overrides or [])
     request = Request(line, params, {"bundle": bundle}, target=_target(target), threads=threads)
     result = run_stage(request, progress(quiet=as_json))
     _show_result(result.metrics, result.notes, as_json=as_json)
@@ -299,10 +298,8 @@ def evaluate(
     slot = guess_slot(subject)
     if slot == "data":
         raise UserError(str(subject), "neither a model folder nor a bundle", "config.json or bundle.json in it")
-    values: dict[str, Any] = {"method": slot, "tasks": [task.strip() for task in tasks.split(",")]}
-    if rows is not None:
-        values["rows"] = rows
-    line, params = stage_and_params("evaluate", overrides or [], values)
+    values = [f"tasks=[{tasks}]", *([] if rows is None else [f"rows={rows}"])]
+    line, params = stage_and_params(f"evaluate.{slot}", [*values, *(overrides or [])])
     if "agreement" in params.model_dump()["tasks"] and teacher is None:
         raise UserError("--teacher", "missing; agreement compares with it", "the teacher's model folder")
     request = Request(line, params, {slot: subject, "test": data}, teacher=teacher)

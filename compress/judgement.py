@@ -129,4 +129,4 @@ def judge(params: GateParams, ctx: StageContext) -> StageResult:
     }
     metrics = {"ledger": ledger, "gate": gate}
     (ctx.out / FILE).write_text(json.dumps(metrics, sort_keys=True, indent=1) + "\n", encoding="utf-8")
-    return StageResult(metrics=metrics)
+    return StageResult(metrics={"passed": verdict.passed, "limits": len(limits), "most_lost": ledger["most_lost"]})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from compress import doctor, identities
+from compress import doctor, hub, identities
 from compress.errors import ProfileError
 from compress.stages import STAGES, Stage, find, params_model
 
@@ -41,7 +41,7 @@ class Node:
     """One stage of a plan.
 
     ``name`` is unique in its plan. ``inputs`` maps slots to other nodes or outside things. ``step`` is the index
-    in the profile's steps, None for the implied stages.
+    in the profile's steps, None for the implied stages. ``facts`` is what ``key`` is the digest of.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Node:
     step: int | None
     seed: int
     key: str
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Plan:
 class Facts:
     """The outside facts of a profile and their digests, each looked up when first asked for."""
 
-    def __init__(self, profile: Profile, store: Store) -> None:
-        self.profile, self.store = profile, store
+    def __init__(self, profile: Profile, store: Store, *, fetch: bool = False) -> None:
+        self.profile, self.store, self.fetch = profile, store, fetch
 
     @cached_property
     def teacher(self) -> Outside | None:
@@ -75,8 +76,20 @@ class Facts:
         spec = self.profile.teacher
         if spec is None:
             return None
-        folder = Path(spec)
-        return Outside(folder, identities.model_identity(folder, self.store.file_digest))
+        if "://" in spec:
+            return Outside(Path(spec), identities.digest_of({"endpoint": spec}))
+        if Path(spec).is_file():  # recorded replies
+            return Outside(Path(spec), self.store.file_digest(Path(spec)))
+        folder = hub.local_folder(spec)
+        if hub.is_hub_name(spec) and not (folder and hub.has_weights(folder)):
+            if not self.fetch:
+                key = identities.digest_of({"hub": spec})  # nothing more is known of it before it is fetched
+                return Outside(folder or Path(spec), key)
+            from compress.teachers import fetch_hub_model  # a plan alone never fetches
+
+            folder = fetch_hub_model(spec)
+        place = folder or Path(spec)
+        return Outside(place, identities.model_identity(place, self.store.file_digest))
 
     @cached_property
     def target(self) -> Any:
@@ -104,10 +117,12 @@ class Facts:
         Raises:
             ProfileError: the stage needs a teacher and the profile names none.
         """
-        if use in ("teacher", "tokenizer"):
+        if use == "teacher?" and self.teacher is None:
+            return None
+        if use in ("teacher", "teacher?", "tokenizer"):
             if self.teacher is None:
                 raise ProfileError("teacher", f"missing; {stage.name} needs it", do="Give a model folder as teacher.")
-            if use == "teacher":
+            if use != "tokenizer":
                 return self.teacher.key
             return identities.tokenizer_identity(self.teacher.path, self.store.file_digest)
         if use == "target":
@@ -135,9 +150,9 @@ def validated(stage: Stage, values: Mapping[str, Any], where: str) -> Params:
 class _Builder:
     """Grows the list of nodes; ``data`` and ``model`` are the two slots that steps read and replace."""
 
-    def __init__(self, profile: Profile, store: Store, table: Sequence[Stage]) -> None:
+    def __init__(self, profile: Profile, store: Store, table: Sequence[Stage], *, fetch: bool) -> None:
         self.profile, self.store, self.table = profile, store, table
-        self.facts = Facts(profile, store)
+        self.facts = Facts(profile, store, fetch=fetch)
         self.nodes: list[Node] = []
         self.slots: dict[str, Node | Outside] = {}
         self.roles: dict[str, Node | Outside] = {}
@@ -153,23 +168,22 @@ class _Builder:
         of: str = "",
     ) -> Node:
         """Append one node; ``of`` tells two nodes of the same stage apart."""
-        key = self.store.key(
-            {
-                "format": FORMAT,
-                "stage": stage.stage,
-                "method": stage.method,
-                "version": stage.version,
-                "params": params.model_dump(mode="json"),
-                "inputs": {slot: source.key for slot, source in inputs.items()},
-                "seed": self.profile.seed,
-                "uses": {use: self.facts.identity(use, stage) for use in stage.uses},
-            }
-        )
+        facts = {
+            "format": FORMAT,
+            "stage": stage.stage,
+            "method": stage.method,
+            "version": stage.version,
+            "params": params.model_dump(mode="json"),
+            "inputs": {slot: source.key for slot, source in inputs.items()},
+            "seed": self.profile.seed,
+            "uses": {use: self.facts.identity(use, stage) for use in stage.uses},
+        }
+        key = self.store.key(facts)
         name = f"{stage.name} {of}".strip()
         taken = sum(1 for node in self.nodes if node.name == name or node.name.startswith(f"{name} #"))
         if taken:
             name = f"{name} #{taken + 1}"
-        node = Node(name, stage, params, dict(inputs), step, self.profile.seed, key)
+        node = Node(name, stage, params, dict(inputs), step, self.profile.seed, key, facts)
         self.nodes.append(node)
         return node
 
@@ -269,18 +283,26 @@ class _Builder:
         self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
 
 
-def plan(profile: Profile, *, store: Store, table: Sequence[Stage] = STAGES, until: str | None = None) -> Plan:
+def plan(
+    profile: Profile,
+    *,
+    store: Store,
+    table: Sequence[Stage] = STAGES,
+    until: str | None = None,
+    fetch: bool = False,
+) -> Plan:
     """The stages that ``profile`` comes down to, in order, with their keys; nothing is run.
 
     Args:
         table: the stages that exist; tests give their own.
+        fetch: get a teacher that is named by its hub name and not on this machine yet.
         until: the last step to keep: an index in ``steps``, a stage, a stage.method or a group such as ``data``.
 
     Raises:
         ProfileError: a step is unknown, reads an empty slot or has wrong parameters; ``until`` names no step.
         DataError, ModelError, TargetError: a source, the teacher or the target is not there.
     """
-    builder = _Builder(profile, store, table)
+    builder = _Builder(profile, store, table, fetch=fetch)
     builder.sources()
     if builder.facts.teacher is not None:
         builder.evaluate("teacher", "teacher", "teacher")

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CURVE_POINTS = 200
 TRAINING_LOG = "training.jsonl"
+VERDICT = "verdict.json"
 
 
 def now() -> str:
@@ -199,7 +200,8 @@ class Recorder:
         if "bundle" in roles:
             record["bundle"] = str(folder)
         if "verdict" in roles:
-            record["ledger"], record["gate"] = stage["metrics"]["ledger"], stage["metrics"]["gate"]
+            verdict = json.loads((folder / VERDICT).read_text(encoding="utf-8"))
+            record["ledger"], record["gate"] = verdict["ledger"], verdict["gate"]
         for role in roles:
             if role.startswith("bench of "):
                 record["bench"].append(bench_record(role.removeprefix("bench of "), stage["metrics"], record["device"]))

@@ -19,9 +19,8 @@ from typing import Any
 from compress import doctor, identities
 from compress.context import Params, StageContext, StageResult
 from compress.errors import DataError, StoreError, UserError
-from compress.plans import validated
 from compress.progress import Progress
-from compress.stages import Stage, find, load_function, methods
+from compress.stages import Stage, load_function, methods
 
 SLOTS = ("data", "model", "test", "reference", "bundle")
 ROW_FILES = (".jsonl", ".parquet")
@@ -76,22 +75,18 @@ def parse_inputs(given: Sequence[str]) -> dict[str, Path]:
     return inputs
 
 
-def stage_and_params(
-    name: str, overrides: Sequence[str], values: Mapping[str, Any] | None = None
-) -> tuple[Stage, Params]:
-    """The table line and parameters for ``STAGE`` or ``STAGE.METHOD`` with ``--set`` values over ``values``.
+def stage_and_params(name: str, overrides: Sequence[str]) -> tuple[Stage, Params]:
+    """The table line and parameters for ``STAGE`` or ``STAGE.METHOD`` with ``--set`` texts, later ones winning.
 
     Raises:
         ProfileError: unknown stage, method or parameter, or a wrong value.
     """
-    from compress.profile import parse_overrides
+    from compress.profile import stage_params
 
-    merged: dict[str, Any] = {**(values or {}), **parse_overrides(overrides)}
-    stage, method = name, merged.pop("method", None)
-    if not methods(stage) and methods(stage.rpartition(".")[0]) and method is None:
-        stage, _, method = stage.rpartition(".")
-    line = find(stage, method, where="step")
-    return line, validated(line, merged, line.name)
+    stage, method = name, None
+    if not methods(name) and methods(name.rpartition(".")[0]):
+        stage, _, method = name.rpartition(".")
+    return stage_params(stage, method=method, overrides=overrides)
 
 
 def _identity(path: Path) -> str:
@@ -161,7 +156,7 @@ def run_stage(request: Request, progress: Progress) -> StageResult:
     """
     stage, out = request.stage, request.out
     _missing(stage, request.inputs)
-    if "teacher" in stage.uses and request.teacher is None and stage.stage != "evaluate":
+    if "teacher" in stage.uses and request.teacher is None:
         raise UserError("--teacher", f"missing; {stage.name} needs it", "a model folder")
     if out is not None:
         _check_out(out, stage)
@@ -204,7 +199,7 @@ def _run(request: Request, scratch: Path, work: Path, progress: Progress) -> Sta
     work.mkdir(exist_ok=True)
     threads = request.threads or doctor.cores()
     teacher = None
-    if request.teacher is not None and "teacher" in stage.uses:
+    if request.teacher is not None and stage.wants_teacher:
         from compress.teachers import open_teacher  # loads when a stage uses it
 
         teacher = open_teacher(request.teacher, threads=threads)

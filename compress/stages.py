@@ -35,6 +35,7 @@ class Stage:
         writes: the slot that the artifact fills.
         uses: outside facts that the stage sees and its key therefore holds: ``teacher`` (weights, tokenizer and
             chat template), ``tokenizer`` (those two alone), ``target``, ``device`` (this machine and its threads).
+            ``teacher?`` where there is one.
         summary: one line for ``edgestill ls stages``.
     """
 
@@ -48,6 +49,11 @@ class Stage:
     writes: str = "data"
     uses: tuple[str, ...] = ()
     summary: str = ""
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the stage is given the teacher when there is one."""
+        return "teacher" in self.uses or "teacher?" in self.uses
 
     @property
     def name(self) -> str:
@@ -106,7 +112,7 @@ STAGES: tuple[Stage, ...] = (
         "compress.data.quality.stabilization:stabilize",
         reads=("data",),
         optional=("reference",),
-        uses=("teacher",),
+        uses=("teacher?",),
         summary="bring the mix of functions or clusters towards a reference mix",
     ),
     Stage(
@@ -124,14 +130,14 @@ STAGES: tuple[Stage, ...] = (
         "compress.data.condensation.params:KCenterParams",
         "compress.data.condensation.k_center:k_center",
         reads=("data",),
-        uses=("teacher",),
+        uses=("teacher?",),
         summary="k-center greedy on embeddings down to a row budget",
     ),
     Stage(
         "model.distillation",
         "logits",
         "compress.model.distillation.params:LogitsParams",
-        "compress.model.distillation.trainer:distill",
+        "compress.model.distillation.stage:distill",
         reads=("data",),
         optional=("model",),
         writes="model",
@@ -194,7 +200,7 @@ STAGES: tuple[Stage, ...] = (
         "compress.assessment:evaluate_model",
         reads=("model", "test"),
         writes="evaluation",
-        uses=("teacher",),
+        uses=("teacher?",),
         summary="measure a checkpoint on the test rows, and its agreement with the teacher",
     ),
     Stage(
@@ -204,7 +210,7 @@ STAGES: tuple[Stage, ...] = (
         "compress.assessment:evaluate_bundle",
         reads=("bundle", "test"),
         writes="evaluation",
-        uses=("teacher",),
+        uses=("teacher?",),
         summary="measure the bundle in the runtime that the device uses",
     ),
     Stage(

@@ -1,0 +1,61 @@
+"""Where a model that a profile names lies on this machine: a folder, or the local cache of the Hugging Face hub.
+
+`local_folder` and `config_at_hand` never touch the network, so that a plan works from a cached config alone.
+Fetching is the teacher's business (``compress.teachers``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ModelError
+
+
+def is_hub_name(spec: str) -> bool:
+    """Whether ``spec`` looks like ``owner/name``."""
+    path = Path(spec)
+    return not path.is_absolute() and len(path.parts) == 2 and path.parts[0] not in (".", "..") and "://" not in spec
+
+
+def _cached(spec: str) -> Path | None:
+    """Newest snapshot of ``spec`` in the hub's cache; looked up by hand, because importing the client takes long."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = cache / ("models--" + spec.replace("/", "--")) / "snapshots"
+    found = [folder for folder in snapshots.glob("*") if (folder / "config.json").is_file()]
+    return max(found, key=lambda folder: (folder.stat().st_mtime, folder.name), default=None)
+
+
+def local_folder(spec: str) -> Path | None:
+    """The folder with ``config.json`` that ``spec`` means on this machine, weights or not; None when there is none."""
+    folder = Path(spec)
+    if folder.is_dir():
+        return folder
+    return _cached(spec) if is_hub_name(spec) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether ``folder`` holds safetensors."""
+    return next(folder.glob("*.safetensors"), None) is not None
+
+
+def config_at_hand(spec: str) -> dict[str, Any] | None:
+    """The model's ``config.json`` if it is on this machine.
+
+    Raises:
+        ModelError: it is there and is not a JSON object.
+    """
+    folder = local_folder(spec)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(str(path), f"not readable as JSON ({error})", "a model's config.json") from error
+    if not isinstance(config, dict):
+        raise ModelError(str(path), "not a JSON object", "a model's config.json")
+    return config

@@ -1,0 +1,189 @@
+"""Runs a plan: `run` takes a profile through all of its stages and gives back the record of the run.
+
+A stage whose artifact stands in the store is skipped, and its code is not even imported; every other one runs in
+this process, writes into a temporary folder, and is committed whole or not at all. The record (``run.json``) is
+written after each stage, also when a stage fails, the run is interrupted or the gate says no. `plan` is in
+``compress.plans``. Knows no stage by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from compress.context import StageContext
+from compress.metering import Meter
+from compress.plans import Facts, Node, Outside, Plan, plan
+from compress.progress import Progress
+from compress.recording import Recorder
+from compress.run_record import RunRecord
+from compress.stages import STAGES, Stage, load_function
+from compress.store import Store
+
+if TYPE_CHECKING:
+    from compress.profile import Profile
+    from compress.teachers import Teacher
+
+__all__ = ["Plan", "default_store", "plan", "run"]
+
+log = logging.getLogger(__name__)
+
+
+def default_store() -> Path:
+    """Where artifacts and runs are kept: ``$EDGESTILL_STORE``, or ``.edgestill`` in the current folder."""
+    return Path(os.environ.get("EDGESTILL_STORE") or ".edgestill")
+
+
+def run(
+    profile: Profile,
+    *,
+    store: Store | None = None,
+    table: Sequence[Stage] = STAGES,
+    until: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Run ``profile`` and give back its record, which also stands in ``STORE/runs/ID/run.json``.
+
+    A gate that says no is told by the record (``gate.passed``, status ``gate_failed``), not by an exception.
+
+    Args:
+        store: where artifacts are kept; see `default_store`.
+        table: the stages that exist; tests give their own.
+        until: the last step to run, as for `plan`.
+        verify: check the digest of every file of an artifact that is taken from the store.
+        progress: where bars and lines go; standard error when left out.
+
+    Raises:
+        UserError: the profile, data, model or target is wrong, or the bundle cannot fit the target.
+        EdgestillError: a stage failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same call goes on from there.
+    """
+    progress = progress or Progress()
+    store = store or Store(default_store(), say=progress.say)
+    with _terminable():
+        planned = plan(profile, store=store, table=table, until=until, fetch=True)
+        executor = _Executor(planned, store, verify=verify, progress=progress)
+        return executor.run()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work the way Ctrl-C does, so that the record is closed and exit code 130 given."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers; Python's own stay
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _place(facts: Facts) -> Path | str:
+    """What opens the teacher: its folder once it is here, else the endpoint's address as it is written."""
+    assert facts.teacher is not None, "asked for only when there is a teacher"
+    spec = facts.profile.teacher
+    return facts.teacher.path if spec is None or "://" not in spec else spec
+
+
+class _Executor:
+    """Runs a plan's nodes one by one; keeps the folders of those that stand and the teacher once it is loaded."""
+
+    def __init__(self, planned: Plan, store: Store, *, verify: bool, progress: Progress) -> None:
+        self.planned, self.store, self.verify, self.progress = planned, store, verify, progress
+        self.folders: dict[str, Path] = {}  # artifact key -> folder
+        self._teacher: Teacher | None = None
+
+    def run(self) -> RunRecord:
+        """Run all nodes and close the record whatever happens."""
+        started = time.perf_counter()
+        moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        run_id = f"{moment}-{self.planned.profile.name}-{secrets.token_hex(2)}"
+        recorder = Recorder(self.planned, self.store.root / "runs" / run_id, run_id)
+        recorder.write()
+        try:
+            for at in range(len(self.planned.nodes)):
+                self.execute(at, recorder)
+        except KeyboardInterrupt as error:
+            recorder.close("interrupted", time.perf_counter() - started, error)
+            raise
+        except BaseException as error:
+            recorder.close("failed", time.perf_counter() - started, error)
+            raise
+        gate = recorder.record["gate"]
+        passed = gate is None or gate["passed"]
+        recorder.close("done" if passed else "gate_failed", time.perf_counter() - started)
+        return recorder.record
+
+    def execute(self, at: int, recorder: Recorder) -> None:
+        """Run node ``at``, or take it from the store."""
+        node = self.planned.nodes[at]
+        label = f"[{at + 1}/{len(self.planned.nodes)}] {node.name}"
+        found = self.store.lookup(node.key, verify=self.verify)
+        cached = found is not None
+        if found is None:
+            self.progress.say(f"{label}: running")
+            recorder.started(at)
+            found = self._make(node, label)
+        self.folders[node.key] = found
+        figures = self.store.record(node.key) or {}
+        recorder.finished(at, found, figures, cached=cached)
+        for note in figures.get("notes", []):
+            self.progress.say(f"{label}: {note}")
+        self.progress.say(f"{label}: in the store" if cached else f"{label}: {figures.get('seconds', 0.0):.1f} s")
+
+    def _make(self, node: Node, label: str) -> Path:
+        """Run the stage of ``node`` and commit its artifact; figures are kept beside it."""
+        function = load_function(node.stage)
+        with self.store.begin(node.key, node.facts, verify=self.verify) as draft:
+            if not draft.cached:
+                with Meter() as meter:
+                    result = function(node.params, self._context(node, draft.out, draft.work, label))
+                draft.record.update(
+                    metrics=result.metrics,
+                    notes=result.notes,
+                    seconds=round(meter.seconds, 3),
+                    peak_memory_bytes=meter.peak_memory_bytes,
+                )
+        return draft.path
+
+    def _context(self, node: Node, out: Path, work: Path, label: str) -> StageContext:
+        facts = self.planned.facts
+        return StageContext(
+            name=node.stage.name,
+            inputs={slot: self._folder(source) for slot, source in node.inputs.items()},
+            out=out,
+            work=work,
+            seed=node.seed,
+            progress=Progress(stream=self.progress.stream, quiet=self.progress.quiet, prefix=f"{label}: "),
+            teacher=self.teacher() if node.stage.wants_teacher else None,
+            target=facts.target if "target" in node.stage.uses else None,
+            threads=facts.threads,
+        )
+
+    def _folder(self, source: Node | Outside) -> Path:
+        return source.path if isinstance(source, Outside) else self.folders[source.key]
+
+    def teacher(self) -> Teacher | None:
+        """The teacher, opened once per run."""
+        facts = self.planned.facts
+        if self._teacher is None and facts.teacher is not None:
+            from compress.teachers import open_teacher  # loads when a stage that uses it really runs
+
+            self._teacher = open_teacher(_place(facts), threads=facts.threads)
+        return self._teacher
