@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from compress.assessment_params import EvaluateParams
 from compress.context import StageContext, StageResult
 from compress.data.rows import Row, read_rows
-from compress.encoding import TokenRow, encode_prompt, encode_rows, load_tokenizer
+from compress.encoding import TokenRow, decode, encode_prompt, encode_rows, load_tokenizer, stop_ids
 from compress.errors import DataError, UserError
 from compress.model.shapes import parameter_count
 from compress.progress import Progress
@@ -66,32 +66,40 @@ def evaluate_teacher(params: EvaluateParams, ctx: StageContext) -> StageResult:
                         do="Leave out data.test and gate, or give the teacher's folder.")  # fmt: skip
     config = _config(folder)
     parameters = parameter_count(config)
-    subject = Subject("teacher", torch_runtime(folder), load_tokenizer(folder), parameters, FLOAT32_BYTES * parameters)
-    return evaluate(subject, params, ctx, teacher=None)
+    subject = Subject(
+        "teacher", torch_runtime(folder, ctx.threads), load_tokenizer(folder), parameters, FLOAT32_BYTES * parameters
+    )
+    return evaluate(subject, params, ctx)
 
 
 def evaluate_model(params: EvaluateParams, ctx: StageContext) -> StageResult:
     """Measure a checkpoint in torch; quantized ones are opened as the plain weights that their codes stand for."""
     folder = ctx.inputs["model"]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    subject = Subject("model", torch_runtime(folder), load_tokenizer(folder), parameter_count(_config(folder)), size)
-    return evaluate(subject, params, ctx, teacher=_teacher_runtime(params, ctx))
+    subject = Subject(
+        "model", torch_runtime(folder, ctx.threads), load_tokenizer(folder), parameter_count(_config(folder)), size
+    )
+    return evaluate(subject, params, ctx)
 
 
 def evaluate_bundle(params: EvaluateParams, ctx: StageContext) -> StageResult:
-    """Measure the exported bundle in the runtime that the device uses."""
-    from deploy.bundle import bundle_bytes, open_bundle  # the runtime's library loads only here
+    """Measure the exported bundle in the runtime that the device uses, with the tokenizer that lies in it."""
+    from deploy.runners import GenaiRunner  # the runtime's library loads only here
 
-    bundle = open_bundle(ctx.inputs["bundle"])
-    ...
-    raise NotImplementedError
+    folder = ctx.inputs["bundle"]
+    runner = GenaiRunner(folder, threads=ctx.threads)
+    subject = Subject("bundle", runner, load_tokenizer(folder), None, bundle_bytes(folder))
+    return evaluate(subject, params, ctx)
 
 
-def torch_runtime(folder: Path) -> Runtime:
-    """A checkpoint as a runtime."""
+def torch_runtime(folder: Path, threads: int) -> Runtime:
+    """A checkpoint as a runtime on ``threads`` threads."""
+    import torch  # the bundle's evaluation needs it only for agreement
+
     from compress.model.checkpoint import load_model
     from compress.model.runtime import TorchRuntime
 
+    torch.set_num_threads(threads)
     return TorchRuntime(load_model(folder))
 
 
@@ -101,14 +109,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_config(folder)
 
 
-def _teacher_runtime(params: EvaluateParams, ctx: StageContext) -> Runtime | None:
-    """The teacher as a runtime when agreement is asked for and it gives logits."""
-    if "agreement" not in params.tasks or ctx.teacher is None or ctx.teacher.folder is None:
-        return None
-    return torch_runtime(ctx.teacher.folder)
+def _teacher_runtime(subject: Subject, params: EvaluateParams, ctx: StageContext) -> tuple[Runtime | None, list[str]]:
+    """The teacher as a runtime, when agreement is asked for and can be had; else a note that says why not."""
+    if "agreement" not in params.tasks or ctx.teacher is None:
+        return None, []
+    if ctx.teacher.folder is None:
+        return None, ["agreement was left out: the teacher gives no logits"]
+    if ctx.teacher.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
+        return None, ["agreement was left out: teacher and student do not share a vocabulary"]
+    return torch_runtime(ctx.teacher.folder, ctx.threads), []
 
 
-def evaluate(subject: Subject, params: EvaluateParams, ctx: StageContext, teacher: Runtime | None) -> StageResult:
+def evaluate(subject: Subject, params: EvaluateParams, ctx: StageContext) -> StageResult:
     """Run the tasks and write ``scores.json`` and ``predictions.jsonl``.
 
     Raises:
@@ -116,11 +128,13 @@ def evaluate(subject: Subject, params: EvaluateParams, ctx: StageContext, teache
     """
     rows = sample(read_rows(ctx.inputs["test"]), params.rows, ctx.seed)
     scores = Scores(subject.name, subject.parameters, subject.bytes)
-    notes: list[str] = []
+    teacher, notes = (None, []) if subject.name == "teacher" else _teacher_runtime(subject, params, ctx)
     if "function_call" in params.tasks:
         call_task(subject, rows, params, scores, ctx)
     if "perplexity" in params.tasks or teacher is not None:
-        notes += token_tasks(subject, rows[: params.perplexity_rows], params, scores, teacher, ctx.progress)
+        notes += token_tasks(
+            subject, rows[: params.perplexity_rows], params, scores, teacher=teacher, progress=ctx.progress
+        )
     scores.write(ctx.out)
     figures = {name: as_measure(measure(scores, name, seed=ctx.seed)) for name in scores.metrics}
     metrics = {"metrics": figures, "rows": len(rows), "parameters": subject.parameters, "bytes": subject.bytes}
@@ -140,14 +154,14 @@ def call_task(subject: Subject, rows: Sequence[Row], params: EvaluateParams, sco
                             '{"name": ..., "args": {...}}', "Take function_call out of evaluate.tasks.")  # fmt: skip
     tokenizer = subject.tokenizer
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
-    stop = {tokenizer.eos_token_id}
+    stop = stop_ids(tokenizer)
     answers: list[list[int]] = []
     with ctx.progress.bar(f"answers of the {subject.name}", len(prompts)) as bar:
         for at in range(0, len(prompts), 64):
             part = prompts[at : at + 64]
             answers += subject.runtime.generate(part, params.max_new_tokens, stop)
             bar.advance(len(part))
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    texts = [decode(ids, tokenizer) for ids in answers]
     for name, values in score_calls(texts, [row.answer for row in rows]).items():
         scores.add(name, [row.id for row in rows], values)
     with (ctx.out / PREDICTIONS).open("w", encoding="utf-8") as out:
@@ -161,6 +175,7 @@ def token_tasks(
     rows: Sequence[Row],
     params: EvaluateParams,
     scores: Scores,
+    *,
     teacher: Runtime | None,
     progress: Progress,
 ) -> list[str]:
