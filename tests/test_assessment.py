@@ -1,0 +1,240 @@
+"""Evaluation of tiny models: known answers, row scores, agreement, the gate's stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.assessment import Subject, evaluate, evaluate_model, evaluate_teacher, sample, score_row
+from compress.assessment_params import EvaluateParams, GateParams
+from compress.context import StageContext, StageResult
+from compress.data.rows import Row, chat_row, make_row, write_rows
+from compress.encoding import TokenRow, encode_rows, load_tokenizer
+from compress.errors import DataError
+from compress.judgement import judge
+from compress.progress import Progress
+from compress.scores import Scores, read_scores
+from compress.teachers import LocalTeacher
+from tests.tiny import tiny_checkpoint
+
+CALL = '{"name":"set_light","args":{"room":"kitchen","level":30}}'
+WRONG = '{"name":"set_light","args":{"room":"hall","level":30}}'
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "teacher", seed=1)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "student", seed=2)
+
+
+def context(tmp_path: Path, rows: list[Row], **inputs: Path) -> StageContext:
+    test = tmp_path / "test"
+    test.mkdir(exist_ok=True)
+    write_rows(test, rows)
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    out.mkdir()
+    teacher = inputs.pop("teacher", None)
+    return StageContext(
+        name="evaluate",
+        inputs={"test": test, **inputs},
+        out=out,
+        work=tmp_path,
+        seed=3,
+        progress=Progress(quiet=True),
+        teacher=LocalTeacher(teacher) if teacher else None,
+        threads=1,
+    )
+
+
+def calls(count: int) -> list[Row]:
+    return [chat_row(f"dim the kitchen lights to {i}", CALL) for i in range(count)]
+
+
+class Scripted:
+    """A runtime that says what it is told, in the order of the prompts."""
+
+    def __init__(self, answers: list[str], tokenizer: Any) -> None:
+        self.answers, self.tokenizer, self.at = answers, tokenizer, 0
+
+    def generate(self, prompts: Any, max_new_tokens: int, stop_ids: Any) -> list[list[int]]:
+        part = self.answers[self.at : self.at + len(prompts)]
+        self.at += len(prompts)
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in part]
+
+    def logits(self, ids: Any) -> Any:
+        return np.zeros((len(ids), 320), dtype=np.float32)
+
+
+def test_calls_are_scored_row_by_row(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(teacher)
+    answers = [CALL, WRONG, "no json", CALL.replace(",", ", ")]
+    subject = Subject("bundle", Scripted(answers, tokenizer), tokenizer, 10, 20)
+    ctx = context(tmp_path, calls(4))
+    evaluate(subject, EvaluateParams(tasks=["function_call"]), ctx)
+    scores = read_scores(ctx.out)
+    assert (scores.parameters, scores.bytes) == (10, 20)
+    assert scores.sums["exact_match"].tolist() == [1, 0, 0, 1]
+    assert scores.sums["function_accuracy"].tolist() == [1, 1, 0, 1]
+    assert scores.sums["argument_f1"].tolist() == [1, 0.5, 0, 1]
+    assert scores.sums["valid_json"].tolist() == [1, 1, 0, 1]
+    kept = [json.loads(line) for line in (ctx.out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in kept] == answers
+
+
+def test_flat_logits_have_the_vocabulary_as_perplexity(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(teacher)
+    subject = Subject("bundle", Scripted([], tokenizer), tokenizer, None, None)
+    result = evaluate(subject, EvaluateParams(tasks=["perplexity"]), context(tmp_path, calls(3)))
+    assert result.metrics["metrics"]["perplexity"]["mean"] == pytest.approx(320)
+
+
+def test_row_scores_equal_the_plain_formula() -> None:
+    rng = np.random.default_rng(0)
+    ours, teachers = rng.normal(size=(150, 11)).astype("f4"), rng.normal(size=(150, 11)).astype("f4")
+    ids = rng.integers(0, 11, 150)
+    answer = (rng.random(150) < 0.6).astype(int)
+    answer[0] = 1  # the first token has nothing before it: never counted
+    row = TokenRow("r", tuple(int(i) for i in ids), tuple(int(a) for a in answer))
+    tokens, loss, kl, same = score_row(row, ours, teachers)
+    wanted = np.zeros(4)
+    for t in range(1, 150):
+        if not answer[t]:
+            continue
+        q = np.exp(ours[t - 1].astype("f8")) / np.exp(ours[t - 1].astype("f8")).sum()
+        p = np.exp(teachers[t - 1].astype("f8")) / np.exp(teachers[t - 1].astype("f8")).sum()
+        wanted += [1, -np.log(q[ids[t]]), (p * np.log(p / q)).sum(), float(p.argmax() == q.argmax())]
+    assert [tokens, loss, kl, same] == pytest.approx(wanted.tolist())
+
+
+def test_model_against_itself_agrees_fully(teacher: Path, tmp_path: Path) -> None:
+    params = EvaluateParams(tasks=["perplexity", "agreement"])
+    of_teacher = evaluate_teacher(params, context(tmp_path, calls(5), teacher=teacher))
+    of_model = evaluate_model(params, context(tmp_path, calls(5), teacher=teacher, model=teacher))
+    measures = of_model.metrics["metrics"]
+    assert measures["kl"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert measures["top1_agreement"]["mean"] == 1.0
+    assert measures["perplexity"] == of_teacher.metrics["metrics"]["perplexity"]
+    assert "kl" not in of_teacher.metrics["metrics"]
+
+
+def test_other_model_disagrees(teacher: Path, student: Path, tmp_path: Path) -> None:
+    ctx = context(tmp_path, calls(5), teacher=teacher, model=student)
+    measures = evaluate_model(EvaluateParams(tasks=["agreement"]), ctx).metrics["metrics"]
+    assert set(measures) == {"kl", "top1_agreement"}
+    assert measures["kl"]["mean"] > 0.01
+    assert measures["top1_agreement"]["mean"] < 1
+
+
+def test_perplexity_equals_the_models_own_loss(teacher: Path, tmp_path: Path) -> None:
+    import torch
+
+    from compress.model.checkpoint import load_model
+
+    rows = [make_row(text="the kitchen light is on"), make_row(text="the hall is dark")]
+    ctx = context(tmp_path, rows, model=teacher)
+    mean = evaluate_model(EvaluateParams(tasks=["perplexity"]), ctx).metrics["metrics"]["nll"]["mean"]
+    model, losses, tokens = load_model(teacher), 0.0, 0
+    for row in encode_rows(rows, load_tokenizer(teacher), max_tokens=512):
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            losses += float(model(input_ids=ids, labels=ids).loss) * (len(row.ids) - 1)
+        tokens += len(row.ids) - 1
+    assert mean == pytest.approx(losses / tokens, rel=1e-5)
+
+
+def test_the_same_evaluation_gives_the_same_bytes(teacher: Path, student: Path, tmp_path: Path) -> None:
+    params = EvaluateParams(tasks=["function_call", "perplexity", "agreement"], max_new_tokens=4)
+    outs = []
+    for _ in range(2):
+        ctx = context(tmp_path, calls(6), teacher=teacher, model=student)
+        evaluate_model(params, ctx)
+        outs.append({path.name: path.read_bytes() for path in ctx.out.iterdir()})
+    assert outs[0] == outs[1]
+    assert set(outs[0]) == {"scores.json", "predictions.jsonl"}
+
+
+def test_sample_is_seeded_and_its_first_part_is_the_smaller_sample() -> None:
+    rows = calls(50)
+    assert sample(rows, 20, 1) == sample(rows, 20, 1) != sample(rows, 20, 2)
+    assert len(sample(rows, 99, 1)) == 50
+
+
+def test_reference_that_is_no_call_is_named(teacher: Path, tmp_path: Path) -> None:
+    rows = [chat_row("hello", "good day")]
+    ctx = context(tmp_path, rows, model=teacher)
+    with pytest.raises(DataError, match=rf"test row {rows[0].id}: its answer is no function call: 'good day'"):
+        evaluate_model(EvaluateParams(tasks=["function_call"]), ctx)
+
+
+def scored(subject: str, right: list[float], nats: list[float], *, parameters: int, size: int) -> Scores:
+    scores = Scores(subject, parameters, size)
+    ids = [str(i) for i in range(len(right))]
+    scores.add("exact_match", ids, np.asarray(right))
+    scores.add("perplexity", ids, np.asarray(nats), np.full(len(nats), 4.0))
+    return scores
+
+
+def judged(tmp_path: Path, limits: list[dict[str, Any]], subjects: list[tuple[str, Scores]]) -> tuple[StageResult, Any]:
+    inputs = {}
+    for at, (step, scores) in enumerate(subjects):
+        folder = tmp_path / step
+        folder.mkdir()
+        scores.write(folder)
+        inputs[f"evaluation.{at:02d}.{step}"] = folder
+    out = tmp_path / "verdict"
+    out.mkdir()
+    ctx = StageContext("evaluate.gate", inputs, out, tmp_path, 5, Progress(quiet=True))
+    result = judge(GateParams.model_validate({"limits": limits}), ctx)
+    return result, json.loads((out / "verdict.json").read_text())
+
+
+def test_gate_ledger_and_limits(tmp_path: Path) -> None:
+    n = 200
+    teacher = scored("teacher", [1.0] * n, [4.0] * n, parameters=600, size=2400)
+    student = scored("model", [0.0] * 4 + [1.0] * (n - 4), [4.4] * n, parameters=100, size=400)
+    shipped = scored("bundle", [0.0] * 10 + [1.0] * (n - 10), [4.8] * n, parameters=100, size=60)
+    limits = [
+        {"metric": "exact_match", "max_drop": 0.1},
+        {"metric": "exact_match", "max_drop": 0.02},
+        {"metric": "parameters", "min_ratio": 6},
+        {"metric": "bundle_bytes", "min_ratio": 50},
+        {"metric": "perplexity", "max_ratio": 1.3},
+    ]
+    steps = [("teacher", teacher), ("model.distillation.logits", student), ("bundle", shipped)]
+    result, verdict = judged(tmp_path, limits, steps)
+    assert not result.metrics["passed"]
+    assert [limit["passed"] for limit in verdict["gate"]["limits"]] == [True, False, True, False, True]
+    assert verdict["gate"]["limits"][3]["value"] == pytest.approx(40)
+    assert verdict["gate"]["limits"][4]["value"] == pytest.approx(np.exp(0.2))
+    entries = verdict["ledger"]["entries"]
+    assert [entry["loss"] for entry in entries] == pytest.approx([0, 0.02, 0.03])
+    assert verdict["ledger"]["most_lost"] == "bundle"
+    low, high = entries[2]["loss_low"], entries[2]["loss_high"]
+    # 6 rows of 200 changed, all the same way: the interval is the binomial's, about 0.03 +- 0.024
+    assert low == pytest.approx(0.01, abs=0.006)
+    assert high == pytest.approx(0.055, abs=0.006)
+
+
+def test_ledger_in_perplexity_counts_a_rise_as_loss(tmp_path: Path) -> None:
+    teacher = scored("teacher", [1.0] * 9, [4.0] * 9, parameters=6, size=24)
+    shipped = scored("bundle", [1.0] * 9, [8.0] * 9, parameters=6, size=24)
+    _, verdict = judged(
+        tmp_path, [{"metric": "perplexity", "max_rise": 9}], [("teacher", teacher), ("bundle", shipped)]
+    )
+    ledger = verdict["ledger"]
+    assert (ledger["metric"], ledger["higher_is_better"]) == ("perplexity", False)
+    assert ledger["entries"][1]["loss"] == pytest.approx(np.exp(2) - np.exp(1))
+
+
+@pytest.mark.parametrize("limit", [{"metric": "m"}, {"metric": "m", "min": 1, "max": 2}])
+def test_limit_has_exactly_one_comparison(limit: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="exactly one of min, max, max_drop"):
+        GateParams.model_validate({"limits": [limit]})
