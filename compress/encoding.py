@@ -158,7 +158,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, role: str = "user") -> int |
         messages.append({"role": "assistant", "content": SLOT})
     _, _, after = _render(messages, tokenizer, "template", generation=role == "user").partition(SLOT)
     ids = _tokenize([after], tokenizer)[0]
-    return ids[0] if ids and ids[0] in _special(tokenizer) else None
+    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -230,7 +230,7 @@ def _rest_apart(
 
 def _without_tail(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Cut blank text after the last special token: nobody generates beyond the end of a turn."""
-    special = _special(tokenizer)
+    special = special_ids(tokenizer)
     last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
     return ids[: last + 1] if not tokenizer.decode(ids[last + 1 :]).strip() else ids
 
@@ -287,7 +287,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[
     return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _special(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Ids of all special tokens, named by the tokenizer's settings or only marked in its file."""
     marked = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset((*tokenizer.all_special_ids, *marked))

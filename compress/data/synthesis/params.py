@@ -1,0 +1,56 @@
+"""Parameters of the synthesis stages; imports only pydantic, so that a profile is checked without torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.context import Params
+
+
+class MagpieParams(Params):
+    """Requests invented by the teacher from its bare chat template, and answered by it."""
+
+    rows: int = Field(default=1000, ge=1, description="rows to add")
+    draws: int | None = Field(
+        default=None, ge=1, description="requests to sample at most; empty: ten for every row to add"
+    )
+    temperature: float = Field(default=1.0, gt=0.0, le=5.0, description="of sampling requests; answers are greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="sample from the likeliest tokens of this mass")
+    max_user_tokens: int = Field(default=64, ge=1, description="longest request; one that does not end by then is out")
+    max_answer_tokens: int = Field(
+        default=128, ge=1, description="longest answer; one that does not end by then is out"
+    )
+    min_chars: int = Field(default=3, ge=0, description="shortest request in characters")
+    answer_format: Literal["any", "json"] = Field(
+        default="any", description="json: the answer must parse as one JSON object"
+    )
+    min_logprob: float = Field(
+        default=-0.1, le=0.0, description="the answer's mean log probability per token (nats) must reach this"
+    )
+    max_similarity: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=1.0,
+        description="Jaccard similarity of letter trigrams to a known request with the same numbers from which a new "
+        "one is a near duplicate; 1: only equal sets are",
+    )
+    mix: Literal["free", "uniform", "pool", "weights"] = Field(
+        default="free",
+        description="shares of the functions among the new rows: free: as they come; uniform: the pool's functions "
+        "alike; pool: as in the pool; weights: as given. A function whose share is full is passed over",
+    )
+    weights: dict[str, float] = Field(default_factory=dict, description="for mix: weights, function -> weight")
+    batch_size: int = Field(default=64, ge=1, le=4096, description="requests generated together; results do not change")
+    round_size: int = Field(default=256, ge=1, description="requests sampled between two checkpoints")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if (self.mix == "weights") != bool(self.weights):
+            raise ValueError("weights and mix: weights go together: set both or neither")
+        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not sum(self.weights.values()) > 0):
+            raise ValueError("weights must be 0 or more, and one of them above 0")
+        if self.mix != "free" and self.answer_format != "json":
+            raise ValueError(f"mix: {self.mix} goes by the function in the answer and needs answer_format: json")
+        return self
