@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ def tiny_model(arch: str = "llama", *, seed: int = 0, scale: float = 0.1, **shap
     return model.float().eval()
 
 
-def tiny_tokenizer(folder: Path, *, vocab: int = VOCAB) -> Any:
-    """Train a byte-level BPE of at most ``vocab`` entries on made-up requests, save it to ``folder``, return it."""
+@lru_cache
+def _trained(vocab: int) -> str:
+    """Return the JSON of a byte-level BPE of at most ``vocab`` entries, trained on made-up requests."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,8 +100,16 @@ def tiny_tokenizer(folder: Path, *, vocab: int = VOCAB) -> Any:
     )
     texts = [message["content"] for talk in tiny_conversations(200, seed=1) for message in talk]
     tokenizer.train_from_iterator(texts, trainer)
+    return str(tokenizer.to_str())
+
+
+def tiny_tokenizer(folder: Path, *, vocab: int = VOCAB) -> Any:
+    """Save a byte-level BPE of at most ``vocab`` entries with the chat template to ``folder`` and return it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(_trained(vocab)),
         pad_token="<|pad|>",
         bos_token="<|bos|>",
         eos_token="<|end|>",

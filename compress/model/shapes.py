@@ -19,7 +19,7 @@ SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _BY_TYPE = {"llama": SUPPORTED[0], "qwen2": SUPPORTED[1], "qwen3": SUPPORTED[2]}
 AXES = ("heads", "ffn", "hidden", "layers")
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_RATIO_MISS = 0.05  # a shape further than this (share of the whole) from the wanted count is refused
+_OVER_REACH = 0.02  # a ratio this far (share of the whole) beyond what the axes can give is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +268,7 @@ def shape_for_ratio(
     """Return the allowed shape whose parameter count is nearest to ``1 - prune_ratio`` of the model's.
 
     Only ``axes`` (of `AXES`) shrink. Among shapes of about the same count, the one that shrinks its axes most
-    evenly wins. ``prune_ratio`` 0 gives the model's own shape. Raises ModelError when no shape comes within 5 %.
+    evenly wins. ``prune_ratio`` 0 gives the model's own shape. Raises ModelError when the axes cannot give so much.
     """
     own = shape_of(config)
     if prune_ratio == 0:
@@ -283,9 +283,9 @@ def shape_for_ratio(
         miss = abs(count - wanted) / total
         kept = [getattr(shape, axis) / getattr(own, axis) for axis in axes]
         score = 10 * miss + max(kept) - min(kept)  # 1 % of the parameters weighs as much as 10 % of unevenness
-        if miss <= _RATIO_MISS and (best is None or score < best[0]):
+        if best is None or score < best[0]:
             best = (score, shape)
-    if best is None:
+    if best is None or (fewest - wanted) / total > _OVER_REACH:
         most = 1 - fewest / total
         raise ModelError(
             where,

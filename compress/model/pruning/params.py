@@ -19,12 +19,15 @@ class RecoveryParams(Params):
     learning_rate: float = Field(
         default=3e-4, gt=0, le=1, description="peak; Minitron advises about a fifth of the original training's peak"
     )
-    warmup_frac: float = Field(default=0.05, ge=0, le=1, description="share of the steps with a rising rate")
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1, description="share of the steps with a rising rate")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="decoupled decay of the matrices")
     kd_weight: float = Field(
         default=1.0, ge=0, le=1, description="share of the KL to the unpruned logits; the rest is cross-entropy"
     )
     temperature: float = Field(default=1.0, gt=0, le=20, description="softens both sides of the KL")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="number format of the training; auto: bf16 where it is measured faster"
+    )
     target: Literal["teacher", "unpruned"] = Field(
         default="teacher", description="whose logits: the profile's teacher, or the model as it was before pruning"
     )
@@ -56,7 +59,7 @@ class StructuredParams(Params):
     max_step: float = Field(
         default=1 / 3, gt=0, lt=1, description="largest fraction removed per round; more is done in several rounds"
     )
-    calibration_tokens: int = Field(default=65_536, ge=1, description="tokens whose activations are scored")
+    calibration_tokens: int = Field(default=32_768, ge=1, description="tokens whose activations are scored")
     max_tokens: int = Field(default=512, ge=2, description="longer rows lose their end")
     batch_size: int = Field(default=16, ge=1, description="rows per calibration batch")
     rescale_norms: bool = Field(

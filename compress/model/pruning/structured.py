@@ -25,10 +25,12 @@ from compress.encoding import TokenRow, load_tokenizer, token_rows
 from compress.errors import ModelError
 from compress.model.calibration import Batch, batches, mean_loss
 from compress.model.checkpoint import METADATA_FILE, check_folder, count_parameters, load_model, read_config, save_model
+from compress.model.distillation.trainer import threads
 from compress.model.layers import attention, decoder_layers
 from compress.model.pruning.depth import choose_layers, cut_layers
 from compress.model.pruning.importance import Importance, measure, strongest
 from compress.model.pruning.params import StructuredParams
+from compress.model.pruning.recovery import LOG, merged_log, recover
 from compress.model.pruning.schedule import final_shape, rounds
 from compress.model.pruning.width import choose_heads, cut_ffn, cut_heads, cut_hidden
 from compress.model.shapes import StudentShape, check_shape, parameter_count, shape_of
@@ -98,7 +100,6 @@ def prune(params: StructuredParams, ctx: StageContext) -> StageResult:
     Each finished round lies in ``ctx.work`` and is not done again after an interruption. Raises ModelError for an
     unusable checkpoint or an impossible size, DataError when no row is left to calibrate with.
     """
-    torch.set_num_threads(ctx.threads)
     source = ctx.inputs["model"]
     config = read_config(source)
     if config.get("quantization_config"):
@@ -108,13 +109,18 @@ def prune(params: StructuredParams, ctx: StageContext) -> StageResult:
     path = rounds(config, shape, max_step=params.max_step, multiple_of=params.multiple_of)
     for note in notes:
         ctx.progress.say(f"{ctx.name}: {note}")
-    if path or params.recovery.steps:
-        model, records = _Run(params, ctx, source).finish(path)
-    else:  # nothing to do: the weights stay byte for byte
+    run = _Run(params, ctx, source)
+    if path:
+        with threads(ctx.threads):
+            model, records = run.finish(path)
+    else:  # nothing to remove, so nothing to recover from: the weights stay byte for byte
         model, records = load_model(source, dtype=_stored_dtype(config)), []
-    notes += [note for record in records for note in record.get("notes", [])]
+        notes.append("nothing was removed: the model has the wanted shape already")
+    notes += dict.fromkeys(note for record in records for note in record.get("notes", []))
     metadata = {"stage": ctx.name, "shape": asdict(shape), "rounds": records}
     save_model(model, ctx.out, tokenizer_from=source, metadata=metadata)
+    logs = [run.recovery_work(number) / LOG for number in range(1, len(records) + 1)]
+    merged_log(logs, ctx.out / LOG)
     return StageResult(metrics=_metrics(config, model, shape, records), notes=notes)
 
 
@@ -138,6 +144,7 @@ def _metrics(
         metrics["loss_before"] = records[0]["loss_before"]
         metrics["loss_trimmed"] = [record["loss_trimmed"] for record in records]
         metrics["loss"] = records[-1]["loss"]
+        metrics["recovery"] = [record["recovery"] for record in records if "recovery" in record]
     return metrics
 
 
@@ -151,7 +158,7 @@ class _Run:
 
     def resume(self, path: Sequence[StudentShape]) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
         """Return the model after the last finished round, and the records of the finished rounds."""
-        for number in range(max(len(path), 1), 0, -1):
+        for number in range(len(path), 0, -1):
             folder = self.folder(number)
             if folder.is_dir():
                 record = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
@@ -160,55 +167,57 @@ class _Run:
         return load_model(self.source), []
 
     def finish(self, path: Sequence[StudentShape]) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-        """Do the rounds that are missing; return the model and all records. An empty path is one round of training."""
+        """Do the rounds that are missing; return the model and all records."""
         model, records = self.resume(path)
         tokenizer = load_tokenizer(self.source)
         max_tokens = min(self.params.max_tokens, int(model.config.max_position_embeddings))
         rows = token_rows(self.ctx.inputs["data"], tokenizer, max_tokens=max_tokens, truncate=True)
         pad = next((i for i in (tokenizer.pad_token_id, model.config.pad_token_id) if i is not None), 0)
-        shapes: list[StudentShape | None] = list(path) or [None]
-        for number in range(len(records) + 1, len(shapes) + 1):
-            model, record = self.round(model, rows, shapes[number - 1], number=number, count=len(shapes), pad=int(pad))
+        for number in range(len(records) + 1, len(path) + 1):
+            record = self.round(model, rows, path, number=number, pad=int(pad))
             records.append(record)
             self.keep(model, number, records)
         return model, records
 
     def round(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[TokenRow],
-        shape: StudentShape | None,
-        *,
-        number: int,
-        count: int,
-        pad: int,
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Score, trim and recover once; the seed follows from the round, so that a resumed run draws the same."""
-        params, seed = self.params, self.ctx.seed + number
-        checked = batches(rows, tokens=LOSS_TOKENS, batch_size=params.batch_size, seed=self.ctx.seed, pad_id=pad)
-        record: dict[str, Any] = {"loss_before": mean_loss(model, checked)}
-        if shape is not None:
-            self.ctx.progress.say(f"{self.ctx.name}: round {number} of {count}: {shape.text()}")
-            drawn = batches(rows, tokens=params.calibration_tokens, batch_size=params.batch_size, seed=seed, pad_id=pad)
-            importance = measure(model, drawn)
-            record["shape"], record["calibration_tokens"] = asdict(shape), importance.tokens
-            record["block_importance"] = importance.blocks
-            record["kept"] = slice_model(model, importance, shape, rescale_norms=params.rescale_norms)
-        record["loss_trimmed"] = record["loss"] = mean_loss(model, checked)
-        steps = _share(params.recovery.steps, number, count)
-        if steps:
-            from compress.model.pruning.recovery import recover  # loads the trainer on use
+        self, model: PreTrainedModel, rows: Sequence[TokenRow], path: Sequence[StudentShape], *, number: int, pad: int
+    ) -> dict[str, Any]:
+        """Score, trim and recover ``model`` in place once and return the record.
 
-            work = self.ctx.work / f"recovery-{number}"
-            work.mkdir(parents=True, exist_ok=True)
-            inner = replace(self.ctx, work=work, seed=seed)
-            model, found = recover(model, rows, params.recovery, steps=steps, ctx=inner, unpruned=self.source)
+        The seed follows from the round's number, so that a resumed run draws the same rows.
+        """
+        params, seed, shape = self.params, self.ctx.seed + number, path[number - 1]
+        self.ctx.progress.say(f"{self.ctx.name}: round {number} of {len(path)}: {shape.text()}")
+        checked = batches(rows, tokens=LOSS_TOKENS, batch_size=params.batch_size, seed=self.ctx.seed, pad_id=pad)
+        drawn = batches(rows, tokens=params.calibration_tokens, batch_size=params.batch_size, seed=seed, pad_id=pad)
+        before, importance = mean_loss(model, checked), measure(model, drawn)
+        kept = slice_model(model, importance, shape, rescale_norms=params.rescale_norms)
+        trimmed = mean_loss(model, checked)
+        record = {
+            "shape": asdict(shape),
+            "calibration_tokens": importance.tokens,
+            "block_importance": importance.blocks,
+            "kept": kept,
+            "loss_before": before,
+            "loss_trimmed": trimmed,
+            "loss": trimmed,
+        }
+        steps = _share(params.recovery.steps, number, len(path))
+        if steps:
+            inner = replace(self.ctx, work=self.recovery_work(number), seed=seed)
+            found = recover(model, rows, params.recovery, steps=steps, ctx=inner, unpruned=self.source)
             record |= found | {"loss": mean_loss(model, checked)}
-        return model, record
+        return record
 
     def folder(self, number: int) -> Path:
         """The folder of a finished round."""
         return self.ctx.work / f"round-{number}"
+
+    def recovery_work(self, number: int) -> Path:
+        """The scratch folder of a round's training."""
+        work = self.ctx.work / f"recovery-{number}"
+        work.mkdir(parents=True, exist_ok=True)
+        return work
 
     def keep(self, model: PreTrainedModel, number: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Store a finished round under another name first: a folder that is there is whole."""
