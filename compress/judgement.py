@@ -19,7 +19,6 @@ from evaluators.gate import judge as hold
 
 FILE = "verdict.json"
 PREFERRED = ("exact_match", "exact_text", "perplexity", "nll", "kl")  # the ledger's metric, the first that was measured
-SHIPPED = ("parameters", "bundle_bytes")
 
 WORDS = {
     "min": "at least {0:g}",
@@ -83,7 +82,7 @@ def measured_of(scores: Sequence[tuple[str, Scores]], params: GateParams, *, see
     parameters = shipped.parameters or next((s.parameters for _, s in reversed(scores) if s.parameters), None)
     for name, value, of_teacher in (
         ("parameters", parameters, teacher.parameters if teacher else None),
-        ("bundle_bytes", shipped.bytes, teacher.bytes if teacher else None),
+        ("bundle_bytes", shipped.bytes if shipped.subject == "bundle" else None, teacher.bytes if teacher else None),
     ):
         if value is not None:
             found[name] = Measured(value=float(value), teacher=None if of_teacher is None else float(of_teacher))

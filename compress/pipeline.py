@@ -127,7 +127,11 @@ class _Executor:
             raise
         gate = recorder.record["gate"]
         passed = gate is None or gate["passed"]
+        recorder.record["report"] = str(recorder.folder / "report.html")
         recorder.close("done" if passed else "gate_failed", time.perf_counter() - started)
+        from compress.report import write_report  # loads Jinja, when everything else is done
+
+        write_report(recorder.record, recorder.folder / "report.html")
         return recorder.record
 
     def execute(self, at: int, recorder: Recorder) -> None:

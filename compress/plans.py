@@ -240,20 +240,17 @@ class _Builder:
                 self.roles["student"] = node
 
     def ship(self) -> None:
-        """Export, evaluate the bundle, judge it, time it."""
-        profile = self.profile
+        """Export and evaluate the bundle, when there is a model and export is not switched off."""
         model = self.slots.get("model") or self.facts.teacher
-        if model is None or profile.export is None:
+        if model is None or self.profile.export is None:
             return
         self.slots["model"] = model
-        inputs = {slot: self.slots[slot] for slot in ("model", "data") if slot in self.slots}
         line = find("deploy.export", None, self.table)
-        inputs = {slot: source for slot, source in inputs.items() if slot in (*line.reads, *line.optional)}
-        bundle = self.add(line, validated(line, profile.export, "export"), inputs)
+        slots = (*line.reads, *line.optional)
+        inputs = {slot: self.slots[slot] for slot in slots if slot in self.slots}
+        bundle = self.add(line, validated(line, self.profile.export, "export"), inputs)
         self.slots["bundle"] = self.roles["bundle"] = bundle
         self.evaluate("bundle", "bundle", "bundle")
-        self.judge()
-        self.time()
 
     def judge(self) -> None:
         """The gate over all evaluations; without evaluations there must be no limits."""
@@ -279,8 +276,9 @@ class _Builder:
                     "deploy.bench", "checkpoint", lengths, {"model": source}, where="bench", of=f"of {subject}"
                 )
                 self.roles[f"bench of {subject}"] = node
-        bundle = {"bundle": self.slots["bundle"]}
-        self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
+        if "bundle" in self.slots:
+            bundle = {"bundle": self.slots["bundle"]}
+            self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
 
 
 def plan(
@@ -309,6 +307,8 @@ def plan(
     for index, step in enumerate(profile.steps):
         builder.step(index, step.stage, step.method, step.params)
     builder.ship()
+    builder.judge()
+    builder.time()
     if builder.facts.teacher is not None:
         builder.roles["teacher"] = builder.facts.teacher
     nodes = _until(builder.nodes, until) if until else builder.nodes
