@@ -18,6 +18,7 @@ ALLOWED = {
     "deploy": (
         "deploy", "evaluators", *SHARED, "compress.store",
         "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.shapes",
+        "compress.yaml_reader", "compress.encoding",
     ),
     "compress.data": ("compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.execution"),
     "compress.model": ("compress.model", *SHARED, "compress.encoding", "compress.teachers"),

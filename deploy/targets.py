@@ -1,0 +1,118 @@
+"""Targets: what is known of a device, read from ``profiles/targets/NAME.yaml`` or from a file of the user's.
+
+`load_target` reads one, `list_targets` names the built-in ones. Every figure of a built-in target has its public
+source in a comment beside it. Knows nothing of models: what fits a target is `deploy.sizing`'s question.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import ProfileError, TargetError
+from compress.yaml_reader import KeyPath, read_yaml_file
+
+SUFFIXES = (".yaml", ".yml")
+Format = Literal["onnx", "gptq"]
+
+
+class Target(BaseModel):
+    """Facts of one device. Bytes, bytes per second, operations per second; decimal units as data sheets use them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    edgestill: Literal[1] = Field(description="version of this file's form")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="the file's name without .yaml")
+    description: str = Field(description="one line: which device, which variant")
+    cpu: str = Field(description="processor")
+    isa: list[str] = Field(min_length=1, description="architecture, then instruction sets as /proc/cpuinfo names them")
+    cores: int = Field(ge=1, description="cores that the runtime should use")
+    memory_bytes: int = Field(ge=1, description="RAM of the device")
+    usable_memory_bytes: int = Field(ge=1, description="RAM that one application may fill")
+    memory_bandwidth_bytes_per_s: float = Field(gt=0, description="peak of the memory bus")
+    read_efficiency: float = Field(0.7, gt=0, le=1, description="share of that peak that sequential reading reaches")
+    fp32_flops_per_s: float = Field(gt=0, description="peak of all cores together")
+    compute_efficiency: float = Field(0.3, gt=0, le=1, description="share of that peak that prefill reaches")
+    storage_bytes: int = Field(ge=1, description="storage that a bundle may take")
+    storage_read_bytes_per_s: float = Field(gt=0, description="sequential read")
+    runtime: Literal["onnxruntime-genai"] = Field(description="what runs the bundle there")
+    formats: list[Format] = Field(min_length=1, description="export formats that make sense for it")
+    context_tokens: int = Field(2048, ge=16, description="context at which memory is estimated")
+
+    @model_validator(mode="after")
+    def _usable_is_part(self) -> Target:
+        if self.usable_memory_bytes > self.memory_bytes:
+            raise ValueError(f"usable_memory_bytes {self.usable_memory_bytes} exceeds memory_bytes {self.memory_bytes}")
+        return self
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Sequential read that a program can expect."""
+        return self.memory_bandwidth_bytes_per_s * self.read_efficiency
+
+    @property
+    def flops_per_s(self) -> float:
+        """Arithmetic that prefill can expect, in fp32 operations per second."""
+        return self.fp32_flops_per_s * self.compute_efficiency
+
+
+def built_in_targets() -> Path:
+    """The folder of the built-in targets, in a checkout and in an installed wheel alike."""
+    import profiles  # a package of data files; nothing but its place is used
+
+    return Path(profiles.__path__[0]) / "targets"
+
+
+def list_targets() -> list[str]:
+    """Names of the built-in targets."""
+    return sorted(path.stem for path in built_in_targets().glob("*.yaml"))
+
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Read a built-in target by its name, or a target file.
+
+    Raises:
+        TargetError: there is no such target, or its file is wrong (file and line, key, what is allowed).
+    """
+    path = _find(str(name_or_path))
+    try:
+        document = read_yaml_file(path)
+    except ProfileError as error:
+        raise TargetError(error.where, error.got, error.allowed, error.do) from error
+    if document.problems:
+        first = document.problems[0]
+        raise TargetError(first.where, first.got, first.allowed, first.do)
+    if not isinstance(document.value, dict):
+        raise TargetError(str(path), "no mapping of keys to values", "a target file", "See profiles/targets")
+    try:
+        return Target.model_validate(document.value)
+    except ValidationError as error:
+        first_error = error.errors(include_url=False)[0]
+        key: KeyPath = tuple(first_error["loc"])
+        where = f"{document.place(key).origin}: {'.'.join(map(str, key))}".removesuffix(": ")
+        unknown = first_error["type"] == "extra_forbidden"
+        allowed = f"one of {', '.join(Target.model_fields)}" if unknown else ""
+        near = difflib.get_close_matches(str(key[-1]), Target.model_fields, n=1) if unknown else []
+        do = f"Did you mean {near[0]}?" if near else ""
+        raise TargetError(where, f"{first_error['msg']} (got {_short(first_error['input'])})", allowed, do) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _find(text: str) -> Path:
+    path, known = Path(text), list_targets()
+    if text in known:
+        return built_in_targets() / f"{text}.yaml"
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    do = f"Did you mean {near[0]}?" if near else ""
+    if path.suffix in SUFFIXES or len(path.parts) > 1:
+        raise TargetError(text, "no such file", f"a target file, or one of {', '.join(known)}", do)
+    raise TargetError("target", f"got {text!r}", f"a target file, or one of {', '.join(known)}", do)

@@ -1,0 +1,65 @@
+"""Targets: every built-in one is read and plausible; a wrong file is refused by file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.errors import TargetError
+from deploy.targets import Target, built_in_targets, list_targets, load_target
+
+
+@pytest.mark.parametrize("name", list_targets())
+def test_built_in_targets_are_read_and_plausible(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    assert 0.3 < target.usable_memory_bytes / target.memory_bytes < 1
+    assert 1e9 < target.read_bytes_per_s < target.memory_bandwidth_bytes_per_s < 1e12
+    assert 1e9 < target.flops_per_s < target.fp32_flops_per_s < 1e14
+    assert target.storage_read_bytes_per_s < target.memory_bandwidth_bytes_per_s
+
+
+def test_the_promised_targets_are_there_with_their_sources() -> None:
+    assert {"raspberry-pi-5", "x86-laptop-avx2"} <= set(list_targets())
+    for name in list_targets():
+        text = (built_in_targets() / f"{name}.yaml").read_text(encoding="utf-8")
+        assert text.count("# http") + text.count(": http") >= 3, f"{name}: figures without their source"
+
+
+def test_an_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(TargetError, match=r"got 'raspbery-pi-5'.*raspberry-pi-5.*Did you mean raspberry-pi-5\?"):
+        load_target("raspbery-pi-5")
+    with pytest.raises(TargetError, match=r"nowhere/board.yaml: no such file"):
+        load_target("nowhere/board.yaml")
+
+
+def _changed(tmp_path: Path, old: str, new: str) -> Path:
+    text = (built_in_targets() / "raspberry-pi-5.yaml").read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path = tmp_path / "board.yaml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("cores: 4\n", "cores: 0\n", r"board.yaml:\d+: cores: .*greater than or equal to 1 \(got 0\)"),
+        ("cores: 4\n", "core: 4\n", r"board.yaml:\d*:? ?cor"),
+        ("cores: 4\n", "cores: four\n", r"board.yaml:\d+: cores: .*valid integer \(got 'four'\)"),
+        ("cores: 4\n", "cores: 4\ncorse: 4\n", r"board.yaml:\d+: corse: .*Did you mean cores\?"),
+        ("cores: 4\n", "cores: 4\ncores: 8\n", r"board.yaml:\d+: cores: the key is given twice"),
+        ("usable_memory_bytes: 6000000000", "usable_memory_bytes: 9000000000", r"usable_memory_bytes 9000000000"),
+        ("runtime: onnxruntime-genai", "runtime: llamacpp", r"board.yaml:\d+: runtime: .*'onnxruntime-genai'"),
+    ],
+)
+def test_a_wrong_target_file_is_refused_by_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        load_target(_changed(tmp_path, old, new))
+
+
+def test_a_users_file_is_read(tmp_path: Path) -> None:
+    target = load_target(_changed(tmp_path, "cores: 4\n", "cores: 2\n"))
+    assert isinstance(target, Target)
+    assert target.cores == 2
