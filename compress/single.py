@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ def run_stage(request: Request, progress: Progress) -> StageResult:
         result = _run(request, scratch, work, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            work.rmdir()  # empty: there is nothing to go on from
     shutil.rmtree(work, ignore_errors=True)  # only after success: a failed or killed run goes on from it
     return result
 

@@ -1,0 +1,269 @@
+"""The command line: what it prints, exit codes, and that no error is a traceback."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import compress.pipeline
+import compress.plans
+import compress.profile
+from compress import cli, doctor
+from compress.data.rows import chat_row, read_source, write_jsonl
+from tests.fake_stages import TABLE, write_profile
+from tests.tiny import tiny_checkpoint
+
+CALL = '{"name":"lock","args":{"room":"hall"}}'
+
+
+@pytest.fixture
+def profile_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A profile of cheap stages, and the core told of their table."""
+    monkeypatch.setattr(compress.pipeline, "run", partial(compress.pipeline.run, table=TABLE))
+    monkeypatch.setattr(compress.pipeline, "plan", partial(compress.pipeline.plan, table=TABLE))
+    monkeypatch.setattr(compress.profile, "load_profile", partial(compress.profile.load_profile, table=TABLE))
+    return write_profile(tmp_path / "p")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "pool.jsonl"
+    write_jsonl(path, [chat_row(f"lock the {name} door", CALL) for name in ("hall", "attic", "hall", "garage")])
+    return path
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def failed(result: Result, code: int) -> str:
+    """The one message of a failed command."""
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("edgestill: error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_run_shows_table_verdict_and_report(profile_path: Path, tmp_path: Path) -> None:
+    result = call("run", profile_path, "--store", tmp_path / "store")
+    assert result.exit_code == 0, result.output
+    for word in (
+        "teacher",
+        "student, quantized bundle",
+        "exact_match",
+        "tok/s",
+        "The gate passed",
+        "report.html",
+        "bundle:",
+    ):
+        assert word in result.stdout
+    report = Path(result.stdout.rpartition("report: ")[2].strip())
+    assert "<html" in report.read_text(encoding="utf-8")
+
+
+def test_run_json_is_the_record(profile_path: Path, tmp_path: Path) -> None:
+    result = call("run", profile_path, "--store", tmp_path / "store", "--json")
+    record = json.loads(result.stdout)
+    assert record == json.loads((tmp_path / "store" / "runs" / record["id"] / "run.json").read_text())
+
+
+def test_failed_gate_gives_3(profile_path: Path, tmp_path: Path) -> None:
+    gate = "gate=[{metric: exact_match, max_drop: 0.02}]"
+    result = call("run", profile_path, "--store", tmp_path / "store", "--set", gate)
+    message = failed(result, 3)
+    assert "exact_match: at most 0.02 below the teacher" in message
+    assert "The step that lost most is model.distillation.fake" in message
+    assert "FAIL" in result.stdout
+
+
+def test_failing_stage_gives_1(profile_path: Path, tmp_path: Path) -> None:
+    override = "steps[0].data.selection.error=true"
+    message = failed(call("run", profile_path, "--store", tmp_path / "store", "--set", override), 1)
+    assert message == "edgestill: error: step 7: the loss is NaN. Lower the learning rate."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "steps[0].data.selection.tmes=2"], "tmes"),
+        (["--set", "steps[0].data.selection.times=0"], "times"),
+        (["--set", "teacher=/no/such"], "/no/such: no such folder"),
+        (["--set", "data.pool=gone.jsonl"], "gone.jsonl"),
+        (["--until", "nothing"], "--until: no step is called 'nothing'"),
+    ],
+)
+def test_wrong_input_gives_2(profile_path: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = call("run", profile_path, "--store", tmp_path / "store", *arguments)
+    assert words in failed(result, 2)
+    assert not (tmp_path / "store" / "artifacts").exists()
+
+
+def test_unknown_profile_gives_2() -> None:
+    assert "no-such-profile" in failed(call("run", "no-such-profile"), 2)
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["nonsense"], ["ls", "everything"], ["run", "x", "--nonsense"]])
+def test_usage_errors_give_2(arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_fault_of_ours_is_one_message(profile_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(compress.pipeline, "run", broken)
+    message = failed(call("run", profile_path, "--store", tmp_path / "store"), 1)
+    assert message == "edgestill: error: KeyError: 'oops'. This is a fault in edgestill; EDGESTILL_DEBUG=1 shows where"
+    monkeypatch.setenv("EDGESTILL_DEBUG", "1")
+    result = call("run", profile_path, "--store", tmp_path / "store")
+    assert isinstance(result.exception, KeyError)
+
+
+def test_store_that_cannot_be_written_gives_1(profile_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = failed(call("run", profile_path, "--store", tmp_path / "file"), 1)
+    assert str(tmp_path / "file") in message
+
+
+def test_step_selects_rows_and_keeps_the_dropped(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kept.jsonl"
+    result = call("step", "data.selection", "--in", rows, "--out", out, "--set", "method=dedup", "--set", "near=false")
+    assert result.exit_code == 0, result.output
+    assert len(read_source(out).rows) == 3
+    dropped = [json.loads(line) for line in (tmp_path / "kept.dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == 1
+    assert "exact" in json.dumps(dropped[0]["meta"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.dropped.jsonl", "kept.jsonl", "pool.jsonl"]
+
+
+def test_step_writes_a_folder_that_the_next_step_reads(rows: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "one", tmp_path / "two.parquet"
+    assert call("step", "data.selection.dedup", "--in", rows, "--out", first).exit_code == 0
+    result = call("step", "data.selection.heuristics", "--in", f"data={first}", "--out", second, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["metrics"]["rows_out"] == len(read_source(second).rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.selection"], "no method given; expected method: dedup"),
+        (["data.selecton"], "Did you mean 'data.selection'?"),
+        (["data.selection.dedup", "--set", "treshold=1"], "treshold"),
+        (["data.selection.dedup", "--set", "threshold=7"], "threshold"),
+        (["data.selection.ifd"], "--teacher: missing; data.selection.ifd needs it"),
+        (
+            ["model.distillation", "--teacher", "t"],
+            "kept.jsonl is a file of rows; model.distillation.logits writes a model",
+        ),
+    ],
+)
+def test_step_wrong_input_gives_2(rows: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    result = call("step", *arguments, "--in", rows, "--out", tmp_path / "kept.jsonl")
+    assert words in failed(result, 2)
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ([], "data.selection.dedup reads data, not given; expected --in data=PATH"),
+        (["pool.jsonl", "pool.jsonl"], "two inputs for the slot 'data'"),
+        (["gone.jsonl"], "gone.jsonl: no such file or folder"),
+        (["data=pool.jsonl", "model=."], "data.selection.dedup does not read model; expected data"),
+    ],
+)
+def test_step_inputs(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [part for text in inputs for part in ("--in", text)]
+    assert words in failed(call("step", "data.selection.dedup", *given, "--out", "kept.jsonl"), 2)
+
+
+def test_step_never_overwrites(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kept.jsonl"
+    out.write_text("mine")
+    result = call("step", "data.selection.dedup", "--in", rows, "--out", out)
+    assert "is there already" in failed(result, 2)
+    assert out.read_text() == "mine"
+
+
+def test_malformed_rows_name_the_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    message = failed(call("step", "data.selection.dedup", "--in", bad, "--out", tmp_path / "o"), 2)
+    assert "bad.jsonl:2" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"], "nothing is left behind"
+
+
+def test_eval_of_a_model_folder(rows: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    result = call(
+        "eval", model, "--data", rows, "--tasks", "function_call,perplexity", "--set", "max_new_tokens=2", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    measures = json.loads(result.stdout)["metrics"]["metrics"]
+    assert measures["exact_match"]["n"] == 4
+    assert measures["perplexity"]["mean"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "agreement"], "--teacher: missing; agreement compares with it"),
+        (["--tasks", "function_cal"], "function_cal"),
+    ],
+)
+def test_eval_wrong_input_gives_2(rows: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert words in failed(call("eval", tmp_path / "model", "--data", rows, *arguments), 2)
+
+
+def test_eval_of_something_else_gives_2(rows: Path) -> None:
+    assert "neither a model folder nor a bundle" in failed(call("eval", rows, "--data", rows), 2)
+
+
+def test_ls_runs_and_report(profile_path: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    call("run", profile_path, "--store", store)
+    runs = json.loads(call("ls", "runs", "--store", store, "--json").stdout)
+    assert [(entry["profile"], entry["status"]) for entry in runs] == [("fake", "done")]
+    for name in ("latest", runs[0]["run"]):
+        result = call("report", name, "--store", store)
+        assert Path(result.stdout.strip()).name == "report.html", result.output
+    assert "not found" in failed(call("report", "nothing", "--store", store), 2)
+
+
+def test_ls_stages_and_profiles() -> None:
+    assert "MinHash" in call("ls", "stages").stdout
+    assert call("ls", "profiles").exit_code == 0
+
+
+def test_doctor_tells_of_this_machine(tmp_path: Path) -> None:
+    result = call("doctor", "--store", tmp_path, "--json")
+    assert result.exit_code == 0
+    found = {entry["what"]: entry for entry in json.loads(result.stdout)}
+    assert found["cores"]["value"] == f"{doctor.cores()} usable"
+    assert found["torch"]["value"].startswith("2.")
+    assert {"cpu", "memory", "disk", "instruction sets", "python"} <= set(found)
+
+
+def test_doctor_says_how_to_install_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CORE", ("no-such-package",))
+    monkeypatch.setattr(doctor, "EXTRAS", {"wings": ("no_such_wings", "flying")})
+    result = call("doctor", "--store", tmp_path, "--json")
+    assert result.exit_code == 1
+    found = {entry["what"]: entry for entry in json.loads(result.stdout)}
+    assert found["no-such-package"] == {
+        "what": "no-such-package", "value": "missing", "state": "problem", "do": "pip install no-such-package"
+    }  # fmt: skip
+    assert found["extra wings"]["do"] == "for flying: pip install 'edgestill[wings]'"
