@@ -1,0 +1,106 @@
+"""What quantization cost: loss and divergence against the plain model, and bits per weight as stored.
+
+`Check` lets a few rows run through the plain and the quantized layers side by side, so that both figures come out
+of one stream without a second model in memory. Knows nothing of how codes are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.model.calibration import Batch
+from compress.model.quantization.blocks import BlockStream
+from compress.model.quantization.layout import Layout
+from compress.model.quantization.params import RtnParams
+from compress.model.shapes import parameter_count
+
+_CHUNK = 512  # positions whose logits are held at once
+
+
+class Check:
+    """Hidden states of the check rows, once as the plain model has them and once as the quantized one does."""
+
+    def __init__(self, stream: BlockStream, batches: Sequence[Batch]) -> None:
+        self.stream, self.batches = stream, batches
+        self.before: list[torch.Tensor] = []
+        self.after: list[torch.Tensor] = []
+
+    def begin(self, plain: torch.Tensor, quantized: torch.Tensor) -> None:
+        """Look the tokens up in both embeddings (V, hidden)."""
+        self.before = [nn.functional.embedding(batch.input_ids, plain) for batch in self.batches]
+        self.after = [nn.functional.embedding(batch.input_ids, quantized) for batch in self.batches]
+
+    def plain(self, layer: nn.Module) -> None:
+        """Run the plain states through ``layer``, before it is quantized."""
+        self.before = [self.stream.run(layer, values) for values in self.before]
+
+    def quantized(self, layer: nn.Module) -> None:
+        """Run the quantized states through ``layer``, after it was quantized."""
+        self.after = [self.stream.run(layer, values) for values in self.after]
+
+    @torch.no_grad()
+    def end(self, plain: torch.Tensor, quantized: torch.Tensor) -> dict[str, Any]:
+        """Return loss_before, loss and kl (nats per target token) with both heads (V, hidden)."""
+        norm = self.stream.final_norm()
+        sums = torch.zeros(3, dtype=torch.float64)
+        count = 0
+        for batch, before, after in zip(self.batches, self.before, self.after, strict=True):
+            targets = batch.answer[:, 1:].bool()  # what stands at t is predicted at t - 1
+            wanted = batch.input_ids[:, 1:][targets]
+            old, new = norm(before)[:, :-1][targets], norm(after)[:, :-1][targets]  # (targets, hidden)
+            for at in range(0, len(wanted), _CHUNK):
+                part = slice(at, at + _CHUNK)
+                p, q = (old[part] @ plain.T).log_softmax(-1), (new[part] @ quantized.T).log_softmax(-1)
+                ids = wanted[part].unsqueeze(1)
+                divergence = (p.exp() * (p - q)).sum(dim=-1)
+                losses = (-p.gather(1, ids), -q.gather(1, ids), divergence)
+                sums += torch.stack([loss.double().sum() for loss in losses])
+            count += len(wanted)
+        mean = (sums / max(count, 1)).tolist()
+        return {"loss_before": mean[0], "loss": mean[1], "kl": mean[2], "checked_tokens": count}
+
+
+def bits_per_weight(
+    tensors: Mapping[str, torch.Tensor],
+    codes: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    params: RtnParams,
+    layout: Layout,
+) -> dict[str, float]:
+    """Return ``bits_per_weight`` of the linears and ``bits_per_weight_model`` over all parameters.
+
+    Counted is what a runtime must keep: codes, scales, zero points where they are not all the same, the index of
+    freely ordered groups; embedding and head as their codes and scales or fp16; norms and biases as stored.
+    """
+    linear_bits = linear_weights = other_bits = 0
+    fixed_order = all(_ordered(tensors[name]) for name in tensors if name.endswith(".g_idx"))
+    skipped = ({".qzeros"} if params.sym else set()) | ({".g_idx"} if fixed_order else set())
+    outer = {"embedding": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    replaced = {name for prefix, name in outer.items() if f"{prefix}.codes" in codes}
+    for name, tensor in tensors.items():
+        suffix = name[name.rindex(".") :]
+        size = tensor.numel() * tensor.element_size() * 8
+        if suffix in {".qweight", ".qzeros", ".scales", ".g_idx"}:
+            linear_bits += 0 if suffix in skipped else size
+            linear_weights += tensor.numel() * 32 // layout.stored_bits if suffix == ".qweight" else 0
+        elif name not in replaced:
+            other_bits += size
+    for name, tensor in codes.items():
+        prefix, _, kind = name.partition(".")
+        width = layout.embedding_bits if prefix == "embedding" else layout.lm_head_bits
+        if kind in {"codes", "zero_points"}:
+            other_bits += 0 if kind == "zero_points" and params.sym else tensor.numel() * width
+        elif kind == "scales":
+            other_bits += tensor.numel() * 16
+    return {
+        "bits_per_weight": linear_bits / max(linear_weights, 1),
+        "bits_per_weight_model": (linear_bits + other_bits) / max(parameter_count(config), 1),
+    }
+
+
+def _ordered(g_idx: torch.Tensor) -> bool:
+    return bool((g_idx[1:] >= g_idx[:-1]).all())
