@@ -150,8 +150,11 @@ class ChatClient:
         request = urllib.request.Request(address, data=body, headers=headers, method="POST")  # noqa: S310 - checked
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:  # noqa: S310 - http(s) only, checked
             content: bytes = response.read(MAX_REPLY_BYTES + 1)
+            promised = response.headers.get("Content-Length", "")
         if len(content) > MAX_REPLY_BYTES:
             raise _Nonsense(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
+        if promised.isdigit() and len(content) < int(promised):  # reading with a limit does not notice by itself
+            raise _Nonsense(f"the connection broke after {len(content)} of {promised} bytes")
         return content
 
     def _refused(self, code: int, why: str) -> UserError:
