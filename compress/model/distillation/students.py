@@ -1,6 +1,6 @@
 """How a student starts: the teacher cut down, random weights, or a given checkpoint.
 
-`student_config` says what the student will look like from configs alone, `start_student` makes it.
+`start_student` makes it; its shape is chosen by ``student_shapes``.
 Knows nothing of training.
 """
 
@@ -16,44 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from compress.errors import ModelError
 from compress.model.calibration import TokenIds, batches
 from compress.model.checkpoint import load_model, quiet_transformers
-from compress.model.distillation.params import DEFAULT_RATIO, LogitsParams
+from compress.model.distillation.params import LogitsParams
+from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.structured import build_student
-from compress.model.shapes import StudentShape, check_config, nearest_shape, shape_for_ratio, shape_of, with_shape
+from compress.model.shapes import StudentShape, check_config, with_shape
 
 CALIBRATION_ROWS = 16  # rows of one calibration batch
-
-
-def student_shape(teacher: Mapping[str, Any], params: LogitsParams, *, where: str) -> tuple[StudentShape, list[str]]:
-    """The student's shape, and notes on sizes that were rounded.
-
-    Raises:
-        ModelError: the shape cannot be cut out of the teacher, or does not fit together.
-    """
-    if not params.sizes:
-        ratio = DEFAULT_RATIO if params.prune_ratio is None else params.prune_ratio
-        axes = ("heads", "ffn", "layers")
-        return shape_for_ratio(teacher, ratio, axes=axes, multiple_of=params.multiple_of, where=where), []
-    if params.init == "scratch":
-        own = shape_of(teacher)
-        given = params.sizes
-        shape = StudentShape(
-            layers=given.get("layers", own.layers),
-            heads=given.get("heads", own.heads),
-            kv_heads=given.get("kv_heads", min(own.kv_heads, given.get("heads", own.heads))),
-            ffn=given.get("ffn", own.ffn),
-            hidden=given.get("hidden", own.hidden),
-        )
-        return shape, []
-    return nearest_shape(
-        teacher,
-        layers=params.layers,
-        heads=params.heads,
-        kv_heads=params.kv_heads,
-        ffn=params.ffn,
-        hidden=params.hidden,
-        multiple_of=params.multiple_of,
-        where=where,
-    )
 
 
 def start_student(
