@@ -302,17 +302,13 @@ def _load_quantized(
     from compress.model.quantization import packing
 
     plain = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    plain.quantization_config = None
     del plain.quantization_config
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
         with safe_open(str(path), framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    state = {name: tensors[name].float() for name in tensor_shapes(config) if name in tensors}
-    for index in range(int(config["num_hidden_layers"])):
-        for name in LINEARS:
-            path_name = linear_path(index, name)
-            state[f"{path_name}.weight"] = packing.dequantize(*packing.read_layer(tensors, path_name)).float()
+    opened = packing.dequantize_checkpoint(tensors, config["quantization_config"])
+    state = {name: opened[name].float() for name in tensor_shapes(config)}
     model = AutoModelForCausalLM.from_config(plain, attn_implementation=attn_implementation, dtype=torch.float32)
     model.load_state_dict(state, strict=False)
     model.tie_weights()

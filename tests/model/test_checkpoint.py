@@ -196,3 +196,60 @@ def test_a_config_that_transformers_refuses_is_a_model_error(tmp_path: Path) -> 
     (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "small"}))
     with pytest.raises(ModelError, match="transformers cannot open it"):
         checkpoint.load_model(source)
+
+
+def write_quantized(folder: Path, change: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+    """Quantize a tiny checkpoint in place to 4 bits, groups of 8; return the weights that its codes stand for."""
+    from compress.model.quantization import packing
+
+    values: dict[str, torch.Tensor] = {}
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            weight = tensors.pop(name)
+            g_idx = packing.group_index(weight.shape[1], 8)
+            scales = torch.rand(weight.shape[0], int(g_idx.max()) + 1).half() / 20 + 0.01
+            zeros = torch.randint(1, 15, scales.shape).to(torch.uint8)
+            layer = packing.QuantizedLinear(
+                packing.quantize(weight, scales, zeros, g_idx, bits=4), scales, zeros, g_idx
+            )
+            prefix = name.removesuffix(".weight")
+            tensors.update({f"{prefix}.{key}": value for key, value in packing.pack_layer(layer, bits=4).items()})
+            values[name] = (layer.codes.float() - zeros.float()[:, g_idx.long()]) * scales.float()[:, g_idx.long()]
+
+    torch.manual_seed(0)
+    edit_weights(folder, pack)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8, **(change or {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_checkpoint_opens_as_its_exact_values(arch: str, tied: bool, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "m", arch, tied=tied)
+    plain = checkpoint.load_model(source)
+    values = write_quantized(source)
+    checkpoint.check_folder(source)
+    model = checkpoint.load_model(source)
+    state = model.state_dict()
+    assert len(values) == 14
+    for name, value in (plain.state_dict() | values).items():
+        assert torch.equal(state[name], value), name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    checkpoint.save_model(model, tmp_path / "out", tokenizer_from=source)
+    assert torch.equal(logits(checkpoint.load_model(tmp_path / "out")), logits(model))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_foreign_and_incomplete_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "m")
+    write_quantized(source, {"checkpoint_format": "gptq_v2"})
+    with pytest.raises(ModelError, match="checkpoint_format 'gptq_v2'"):
+        checkpoint.load_model(source)
+    other = tiny_checkpoint(tmp_path / "other")
+    write_quantized(other)
+    edit_weights(other, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.scales"))
+    with pytest.raises(ModelError, match=r"missing tensors model\.layers\.1\.mlp\.up_proj\.scales"):
+        checkpoint.load_model(other)

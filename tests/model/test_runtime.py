@@ -9,7 +9,7 @@ import torch
 
 from compress.errors import DataError
 from compress.model.checkpoint import TorchRuntime
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import tiny_model
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -30,8 +30,7 @@ def plain(model: object, prompt: list[int], new: int, stops: list[int]) -> list[
     return out[:-1] if out and out[-1] in stops else out
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(("arch", "batch_size"), [("llama", 1), ("llama", 16), ("qwen2", 3), ("qwen3", 4)])
 def test_generate_equals_transformers(arch: str, batch_size: int) -> None:
     model = tiny_model(arch, seed=3, scale=0.5)
     asked = prompts(9)

@@ -47,8 +47,9 @@ def run(tmp_path: Path, model: Path, **params: Any) -> StageResult:
     return structured.prune(StructuredParams(**({"recovery": TRIM} | params)), context(tmp_path, model))
 
 
-@pytest.mark.parametrize("params", [{"prune_ratio": 0.0}, {"layers": 4, "ffn": 128}])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("params", "stored"), [({"prune_ratio": 0.0}, torch.float32), ({"layers": 4, "ffn": 128}, torch.bfloat16)]
+)
 def test_nothing_to_prune_gives_the_very_weights(params: dict[str, Any], stored: torch.dtype, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", **SIZES)
     checkpoint.save_model(checkpoint.load_model(source, dtype=stored), source, tokenizer_from=source)
@@ -60,8 +61,7 @@ def test_nothing_to_prune_gives_the_very_weights(params: dict[str, Any], stored:
     assert result.notes == ["nothing was removed: the model has the wanted shape already"]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("arch", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
 def test_the_stage_writes_what_it_says(arch: str, tied: bool, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", arch, tied=tied, **SIZES)
     result = run(tmp_path, source, layers=3, heads=4, kv_heads=2, ffn=64, hidden=32)
@@ -94,8 +94,7 @@ class Killed(BaseException):
     """As a kill: no handler of ours catches it."""
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_killed_run_goes_on_and_ends_the_same(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "model", **SIZES)
     params = StructuredParams(prune_ratio=0.6, axes=("heads", "ffn", "hidden"), multiple_of=8, recovery=TRIM)
     whole = structured.prune(params, context(tmp_path, source, out="whole", work="whole-work"))
@@ -105,17 +104,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(at: int, tmp_path: Path, monkeyp
 
     def dying(*args: Any, **kwargs: Any) -> dict[str, Any]:
         done.append(1)
-        if len(done) == at:
-            (tmp_path / "work" / f"round-{at}.partial").mkdir()  # what a kill while saving leaves behind
+        if len(done) in (1, 3, 5):  # in round 1, in round 2, in round 3
+            (tmp_path / "work" / f"round-{len(done) // 2 + 1}.partial").mkdir()  # as a kill while saving leaves it
             raise Killed
         return real(*args, **kwargs)
 
     monkeypatch.setattr(structured, "slice_model", dying)
-    with pytest.raises(Killed):
-        structured.prune(params, context(tmp_path, source))
-    assert not any((tmp_path / "out").iterdir())
+    for _ in range(3):
+        with pytest.raises(Killed):
+            structured.prune(params, context(tmp_path, source))
+        assert not any((tmp_path / "out").iterdir())
     again = structured.prune(params, context(tmp_path, source))
-    assert len(done) == 4  # the finished rounds were not done again
+    assert len(done) == 6  # the finished rounds were not done again
     assert again == whole
     for path in sorted((tmp_path / "whole").iterdir()):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
