@@ -33,6 +33,8 @@ FORMATS = {
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "eval")}
 ROWS, DROPPED, QUARANTINE = "rows.parquet", "dropped.parquet", "quarantine.jsonl"
 
+# Made once: json.dumps with settings makes a new encoder on every call.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "messages", "text", "label", "meta")])
 _DROPPED_SCHEMA = pa.schema([*_SCHEMA, *((name, pa.string()) for name in ("stage", "reason", "detail"))])
 
@@ -142,7 +144,7 @@ def content_id(messages: Sequence[Mapping[str, str]], text: str) -> str:
 
 def canonical_json(value: object) -> str:
     """JSON with sorted keys, no spaces and plain Unicode: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 # ---------------------------------------------------------------------------------- artifact folders

@@ -13,7 +13,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -65,6 +65,11 @@ class Text:
 
 
 Rule = Callable[[Text, HeuristicsParams], Objection | None]
+
+
+def judge_all(rows: Sequence[Row], params: HeuristicsParams) -> list[Objection | None]:
+    """`judge` of every row: the function of a shard."""
+    return [judge(row, params) for row in rows]
 
 
 def judge(row: Row, params: HeuristicsParams) -> Objection | None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -176,10 +177,10 @@ def find_duplicates(rows: Sequence[Row], rules: Rules, *, order: Sequence[int], 
     small changes is not followed further than that.
     """
     found: list[Match | None] = [None] * len(rows)
-    first: dict[bytes, int] = {}
+    first: dict[tuple[str, ...], int] = {}
     unique: list[int] = []
     for index in order:
-        key = _digest(exact_key(rows[index], "all" if rules.compare == "joined" else rules.compare))
+        key = exact_key(rows[index], "all" if rules.compare == "joined" else rules.compare)
         if key in first:
             found[index] = Match(first[key], None)
         else:
@@ -208,11 +209,8 @@ def _digest(key: tuple[str, ...]) -> bytes:
 def _near(rows: Sequence[Row], rules: Rules, unique: Sequence[int], seed: int) -> dict[int, Match]:
     texts = {index: _near_text(rows[index], rules.compare) for index in unique}
     groups = {i: int.from_bytes(_digest(_group(rows[i], texts[i], rules))[:8], "little") for i in unique}
-    sizes: dict[int, int] = {}
-    for group in groups.values():
-        sizes[group] = sizes.get(group, 0) + 1
+    sizes = Counter(groups.values())
     wanted = [index for index in unique if sizes[groups[index]] > 1]  # alone in its group: nothing to compare with
-    bands, per_band = choose_bands(rules.threshold, rules.num_perm, rules.recall)
 
     def shingle_set(index: int) -> frozenset[str]:
         return _shingles_of(rows[index], texts[index], rules)
@@ -220,21 +218,42 @@ def _near(rows: Sequence[Row], rules: Rules, unique: Sequence[int], seed: int) -
     cached = lru_cache(maxsize=65_536)(shingle_set)
     buckets: dict[int, list[int]] = {}
     found: dict[int, Match] = {}
+    for index, keys in zip(wanted, _shared_keys(wanted, shingle_set, groups, rules, seed=seed), strict=True):
+        if not keys:
+            continue
+        candidates = {candidate for key in keys for candidate in buckets.get(key, ())}
+        alike = sorted(c for c in candidates if groups[c] == groups[index])
+        match = _best(cached(index), alike, cached, rules.threshold) if alike else None
+        if match is not None:
+            found[index] = match
+            continue
+        for key in keys:
+            buckets.setdefault(key, []).append(index)
+    return found
+
+
+def _shared_keys(
+    wanted: Sequence[int],
+    shingle_set: Callable[[int], frozenset[str]],
+    groups: Mapping[int, int],
+    rules: Rules,
+    *,
+    seed: int,
+) -> Iterator[list[int]]:
+    """For every wanted row the band keys, as small numbers, that some other row has too."""
+    bands, per_band = choose_bands(rules.threshold, rules.num_perm, rules.recall)
+    parts: list[NDArray[np.uint64]] = [np.zeros((0, bands), dtype=np.uint64)]
     for start in range(0, len(wanted), CHUNK):
         chunk = wanted[start : start + CHUNK]
-        sets = [shingle_set(index) for index in chunk]
-        signature = signatures(sets, num_perm=rules.num_perm, seed=seed)
+        signature = signatures([shingle_set(index) for index in chunk], num_perm=rules.num_perm, seed=seed)
         ids = np.array([groups[index] for index in chunk], dtype=np.uint64)
-        keys = band_hashes(signature, ids, bands=bands, rows=per_band)
-        for index, own, row_keys in zip(chunk, sets, keys.tolist(), strict=True):
-            candidates = {c for key in row_keys for c in buckets.get(key, ()) if groups[c] == groups[index]}
-            match = _best(own, sorted(candidates), cached, rules.threshold)
-            if match is not None:
-                found[index] = match
-                continue
-            for key in row_keys:
-                buckets.setdefault(key, []).append(index)
-    return found
+        parts.append(band_hashes(signature, ids, bands=bands, rows=per_band))
+    keys = np.concatenate(parts)
+    _, number, count = np.unique(keys, return_inverse=True, return_counts=True)
+    number = number.reshape(keys.shape)
+    shared = count[number] > 1
+    for row_numbers, row_shared in zip(number, shared, strict=True):
+        yield row_numbers[row_shared].tolist()
 
 
 def _shingles_of(row: Row, text: str, rules: Rules) -> frozenset[str]:
@@ -249,7 +268,10 @@ def _best(
     """The most similar candidate at or above the threshold; the first of equals."""
     best: Match | None = None
     for candidate in candidates:
-        similarity = jaccard(own, shingle_set(candidate))
+        other = shingle_set(candidate)
+        if min(len(own), len(other)) / max(len(own), len(other)) < threshold:  # the most that Jaccard can be
+            continue
+        similarity = jaccard(own, other)
         if similarity >= threshold and (best is None or similarity > (best.jaccard or 0.0)):
             best = Match(candidate, similarity)
     return best

@@ -8,6 +8,8 @@ rows by instruction-following difficulty. Each writes what it dropped with the r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,16 +20,19 @@ from compress.data.chunks import map_chunks
 from compress.data.funnel import finish
 from compress.data.rows import Dropped, Row, make_row, read_rows
 from compress.data.selection.difficulty import Scored, bare, first_targets, mean_losses, ratio, select
-from compress.data.selection.heuristic_rules import judge
+from compress.data.selection.heuristic_rules import judge_all
 from compress.data.selection.near_duplicates import Rules, choose_bands, find_duplicates
 from compress.data.selection.params import DedupParams, HeuristicsParams, IfdParams
 from compress.encoding import encode_rows
 from compress.errors import DataError, UserError
+from compress.execution import map_shards
 
 if TYPE_CHECKING:
     from compress.teachers import Teacher
 
 CHUNK = 512  # rows scored between two checkpoints
+SHARD = 2000  # rows judged by one call
+MANY = 50_000  # rows from which starting worker processes pays
 
 
 def dedup(params: DedupParams, ctx: StageContext) -> StageResult:
@@ -80,9 +85,18 @@ def _length(row: Row) -> int:
 
 def heuristics(params: HeuristicsParams, ctx: StageContext) -> StageResult:
     """Drop rows that a rule objects to; the first objection is the reason, its measured value the detail."""
+    rows = read_rows(ctx.inputs["data"])
+    judgements = map_shards(
+        partial(judge_all, params=params),
+        rows,
+        shards=-(-len(rows) // SHARD) or 1,
+        backend="processes" if len(rows) >= MANY and ctx.threads > 1 else "inline",
+        workers=ctx.threads,
+        progress=ctx.progress,
+        what="heuristics",
+    )
     kept, dropped = [], []
-    for row in ctx.progress.track(read_rows(ctx.inputs["data"]), "heuristics"):
-        objection = judge(row, params)
+    for row, objection in zip(rows, chain.from_iterable(judgements), strict=True):
         if objection is None:
             kept.append(row)
         else:
