@@ -21,9 +21,10 @@ def fit(
     """Return scale (out,) fp16 and zero point (out,) uint8 of one group, ``values`` (out, inputs of the group).
 
     Without ``clip_steps`` the grid spans the values and zero, so that no value is further than scale / 2 from it;
-    scales are rounded up to fp16 to keep that true. With ``clip_steps`` n, spans of n shares from 1 down to
-    `SMALLEST_CLIP` are tried and each row takes the one of least squared error, weighted per input by
-    ``importance`` (inputs,). Zero is always on the grid, so that padding and pruned weights stay zero.
+    scales are rounded up to fp16 to keep that true. With ``clip_steps`` n, n + 1 shares of that span down to
+    `SMALLEST_CLIP` are tried too and each row takes the one of least squared error, weighted per input by
+    ``importance`` (inputs,). A symmetric grid has one step less above zero than below, so that its shares begin
+    where the upper half alone spans the values. Zero is always on the grid, so that padding and pruned weights stay zero.
 
     An asymmetric zero point is at least 1: stored as zero - 1 in the GPTQ layout it would wrap around at 0, and
     readers disagree about that. A group of zeros gets scale 1. Raises ModelError when a scale exceeds fp16.
@@ -33,7 +34,8 @@ def fit(
     if clip_steps < 1:
         return scale, zero_point
     best = _error(values, scale, zero_point, bits, importance)
-    for share in torch.linspace(1.0, SMALLEST_CLIP, clip_steps + 1)[1:].tolist():
+    top = (1 << bits) - 1
+    for share in torch.linspace(top / (top - 1) if sym else 1.0, SMALLEST_CLIP, clip_steps + 1).tolist():
         tried = _grid(low * share, high * share, bits=bits, sym=sym)
         error = _error(values, *tried, bits, importance)
         better = error < best
@@ -70,43 +72,30 @@ def _error(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, importance: torch.Tensor | None
 ) -> torch.Tensor:
     step, zero = scale.to(values.dtype).unsqueeze(1), zero_point.to(values.dtype).unsqueeze(1)
-    codes = (torch.round(values / step) + zero).clamp_(0, (1 << bits) - 1)
-    squares = ((codes - zero) * step - values).square_()
+    top = (1 << bits) - 1
+    grid = (values / step).round_().clamp_(min=-zero, max=top - zero).mul_(step)
+    squares = grid.sub_(values).square_()
     return squares.sum(dim=1) if importance is None else squares @ importance.to(values.dtype)
 
 
-def fit_groups(
-    weight: torch.Tensor,
-    g_idx: torch.Tensor,
-    *,
-    bits: int,
-    sym: bool,
-    clip_steps: int = 0,
-    importance: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales (out, groups) fp16 and zero points (out, groups) uint8 of ``weight`` (out, in) as `fit`."""
-    found = []
-    for group in range(int(g_idx.max()) + 1):
-        members = (g_idx == group).nonzero().squeeze(1)
-        part = None if importance is None else importance[members]
-        found.append(fit(weight[:, members], bits=bits, sym=sym, clip_steps=clip_steps, importance=part))
-    return torch.stack([scale for scale, _ in found], dim=1), torch.stack([zero for _, zero in found], dim=1)
-
-
 def round_to_nearest(
-    weight: torch.Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    sym: bool = True,
-    clip_steps: int = 0,
-    importance: torch.Tensor | None = None,
+    weight: torch.Tensor, *, bits: int, group_size: int, sym: bool = True, clip_steps: int = 0
 ) -> QuantizedLinear:
     """Quantize ``weight`` (out, in) by rounding each value to the nearest point of its group's grid.
 
-    ``group_size`` -1 is one group per row; where it does not divide the inputs, the last group is shorter.
+    ``group_size`` -1 is one group per row; where it does not divide the inputs, the last group is shorter. The
+    grids are those of `fit`.
     """
-    g_idx = group_index(weight.shape[1], group_size)
-    scales, zero_points = fit_groups(weight, g_idx, bits=bits, sym=sym, clip_steps=clip_steps, importance=importance)
+    rows, inputs = weight.shape
+    size = inputs if group_size == -1 else min(group_size, inputs)
+    whole = inputs // size
+    parts = [weight[:, : whole * size].reshape(rows * whole, size)]  # every group of every row at once
+    if inputs % size:
+        parts.append(weight[:, whole * size :])
+    found = [fit(part, bits=bits, sym=sym, clip_steps=clip_steps) for part in parts]
+    scales, zero_points = (
+        torch.cat([pair[kind].view(rows, -1) for pair in found], dim=1).contiguous() for kind in (0, 1)
+    )
+    g_idx = group_index(inputs, group_size)
     codes = quantize(weight, scales, zero_points, g_idx, bits=bits)
     return QuantizedLinear(codes, scales, zero_points, g_idx)

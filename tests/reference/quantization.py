@@ -1,0 +1,109 @@
+"""GPTQ, rounding grids and the GPTQ packing in plain loops and float64.
+
+`gptq` recomputes the inverse of the remaining Hessian for every column (optimal brain surgeon as printed, Frantar
+et al. arXiv:2210.17323, eq. 2), so that no Cholesky trick of the fast version is trusted. `pack_column` writes the
+bit stream as text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int64]
+
+
+def half_up(value: float) -> float:
+    """Return the smallest fp16 number that is at least ``value``; 1 for 0."""
+    if value == 0:
+        return 1.0
+    near = np.float16(value)
+    return float(near if float(near) >= value else np.nextafter(near, np.float16(np.inf)))
+
+
+def grid(values: Array, *, bits: int, sym: bool) -> tuple[float, int]:
+    """Return scale and zero point that span ``values`` (n,) and zero."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    top = 2**bits - 1
+    if sym:
+        return half_up(2 * max(-low, high) / top), 2 ** (bits - 1)
+    if low == high == 0:
+        return 1.0, 2 ** (bits - 1)
+    scale = half_up((high - low) / top)
+    zero_point = min(top, round(-low / scale))
+    if zero_point < 1:
+        return half_up(high / (top - 1)), 1
+    return scale, zero_point
+
+
+def code(value: float, scale: float, zero_point: int, bits: int) -> int:
+    """Return the nearest code; Python rounds halves to even, as torch does."""
+    return min(2**bits - 1, max(0, round(value / scale) + zero_point))
+
+
+def order(diagonal: Array, *, group_size: int, act_order: bool, keep_groups: bool) -> tuple[list[int], list[int]]:
+    """Return the inputs in the order of processing, and the group of each in that order."""
+    n = len(diagonal)
+    size = n if group_size == -1 else group_size
+    if not act_order:
+        return list(range(n)), [i // size for i in range(n)]
+    if not keep_groups:
+        return sorted(range(n), key=lambda i: -diagonal[i]), [i // size for i in range(n)]
+    members = [list(range(at, min(at + size, n))) for at in range(0, n, size)]
+    members.sort(key=lambda group: -sum(diagonal[i] for i in group) / len(group))
+    flat = [i for group in members for i in sorted(group, key=lambda i: -diagonal[i])]
+    return flat, [i // size for i in flat]
+
+
+def gptq(
+    weight: Array,
+    hessian: Array,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    act_order: bool = False,
+    keep_groups: bool = True,
+    damp_frac: float = 0.01,
+) -> tuple[Codes, Array, Codes, list[int]]:
+    """Return codes (out, in), scales (out, groups), zero_points (out, groups) and the group of each input."""
+    moments = hessian.copy()
+    diagonal = np.diag(hessian).copy()
+    mean = diagonal.mean()
+    for i in range(len(diagonal)):
+        moments[i, i] = (mean if diagonal[i] == 0 else diagonal[i]) + damp_frac * mean
+    sequence, groups = order(diagonal, group_size=group_size, act_order=act_order, keep_groups=keep_groups)
+    work = weight.copy()
+    rows, count = weight.shape[0], max(groups) + 1
+    codes = np.zeros(weight.shape, np.int64)
+    scales, zero_points = np.zeros((rows, count)), np.zeros((rows, count), np.int64)
+    fitted: set[int] = set()
+    for position, (column, group) in enumerate(zip(sequence, groups, strict=True)):
+        left = sequence[position:]
+        if group not in fitted:
+            fitted.add(group)
+            members = [i for i, g in zip(left, groups[position:], strict=True) if g == group]
+            for row in range(rows):
+                scales[row, group], zero_points[row, group] = grid(work[row, members], bits=bits, sym=sym)
+        inverse = np.linalg.inv(moments[np.ix_(left, left)])
+        for row in range(rows):
+            scale, zero = scales[row, group], int(zero_points[row, group])
+            codes[row, column] = code(work[row, column], scale, zero, bits)
+            error = work[row, column] - (codes[row, column] - zero) * scale
+            for j, other in enumerate(left):
+                work[row, other] -= error / inverse[0, 0] * inverse[0, j]
+    index = [0] * len(sequence)
+    for column, group in zip(sequence, groups, strict=True):
+        index[column] = group
+    return codes, scales, zero_points, index
+
+
+def pack_column(values: list[int], bits: int) -> list[int]:
+    """Return the signed 32-bit words of one column: values one after the other, lowest bit first."""
+    stream = "".join(format(value, f"0{bits}b")[::-1] for value in values)
+    stream = stream.ljust(math.ceil(len(stream) / 32) * 32, "0")
+    words = [int(stream[at : at + 32][::-1], 2) for at in range(0, len(stream), 32)]
+    return [word - 2**32 if word >= 2**31 else word for word in words]
