@@ -140,7 +140,7 @@ def test_stratify_without_labels_and_with_too_small_a_budget(tmp_path: Path) -> 
     unlabelled = [make_row(text=f"story number {i}") for i in range(10)]
     ctx = make_context(tmp_path, unlabelled, name="k", out="a")
     result = k_center(KCenterParams(rows=4, embedding="hashed", stratify="equal"), ctx)
-    assert "no row has a label" in result.notes[0]
+    assert "no row has a label or calls a function" in result.notes[0]
     ctx = make_context(tmp_path, skewed_rows(), name="k", out="b")
     k_center(KCenterParams(rows=2, embedding="hashed", stratify="equal"), ctx)
     assert "label without a share" in {d.detail for d in read_dropped(ctx.out)}
@@ -178,7 +178,12 @@ def test_teacher_embeds_prompt_or_all_and_resumes(tmp_path: Path, of: Any) -> No
     k_center(KCenterParams(rows=5, of=of), ctx)
     assert len(teacher.asked) == 1, "the embeddings in the work folder are used again"
     assert (ctx.out / "rows.parquet").read_bytes() == kept
-    answer_tokens = len(teacher.tokenizer("{}", add_special_tokens=False)["input_ids"])
-    whole = len(teacher.tokenizer.apply_chat_template(list(rows[0].messages), tokenize=False))
-    assert whole
-    assert any(sum(r.answer) >= answer_tokens for r in teacher.asked[0] if r.id == rows[0].id) == (of == "all")
+    targets = {sum(row.answer) for row in teacher.asked[0] if row.id == rows[0].id}
+    assert (targets == {0}) == (of == "prompt"), "without the answer, or with it"
+
+
+def test_the_function_called_stands_in_for_a_missing_label(tmp_path: Path) -> None:
+    rows = [chat_row(f"dim to {i} percent", '{"name":"dim"}') for i in range(9)] + [chat_row("stop", '{"name":"stop"}')]
+    ctx = make_context(tmp_path, rows, name="k")
+    k_center(KCenterParams(rows=2, embedding="hashed", stratify="equal"), ctx)
+    assert [row.answer for row in read_rows(ctx.out)] == ['{"name":"dim"}', '{"name":"stop"}']

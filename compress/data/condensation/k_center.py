@@ -19,6 +19,7 @@ from compress.data.chunks import map_chunks
 from compress.data.condensation.params import KCenterParams
 from compress.data.embeddings import hashed, normalised
 from compress.data.funnel import finish
+from compress.data.quality.mixes import label_of
 from compress.data.rows import Dropped, Row, read_rows
 from compress.encoding import TokenRow, encode_prompt, encode_rows
 from compress.errors import UserError
@@ -114,7 +115,7 @@ def k_center(params: KCenterParams, ctx: StageContext) -> StageResult:
     points = embed(rows, params, ctx)
     groups: dict[str | None, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(row.label if params.stratify != "none" else None, []).append(index)
+        groups.setdefault(label_of(row) if params.stratify != "none" else None, []).append(index)
     members = [np.array(group) for group in groups.values()]
     budgets = shares([len(group) for group in members], budget, params.stratify)
     kept: dict[int, Row] = {}
@@ -136,7 +137,9 @@ def k_center(params: KCenterParams, ctx: StageContext) -> StageResult:
         [lost for _, lost in sorted(dropped.items(), key=lambda item: item[0])],
         do="Raise the budget",
         metrics=metrics,
-        notes=["no row has a label: one selection over all"] if params.stratify != "none" and len(members) == 1 else [],
+        notes=["no row has a label or calls a function: one selection over all"]
+        if params.stratify != "none" and len(members) == 1
+        else [],
     )
 
 

@@ -20,7 +20,8 @@ class KCenterParams(Params):
     of: Literal["prompt", "all"] = Field(default="prompt", description="which part of a chat is embedded")
     stratify: Literal["none", "proportional", "equal"] = Field(
         default="none",
-        description="with labels: one selection per label, the budget split by size or evenly; none: one selection",
+        description="one selection per label, or function called where there is none, the budget split by size or "
+        "evenly; none: one selection over all",
     )
     dims: int = Field(default=512, ge=16, le=65_536, description="width of the hashed embedding")
     max_tokens: int = Field(default=512, ge=8, description="longer rows are cut for the teacher's embedding")

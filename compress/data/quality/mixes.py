@@ -37,6 +37,14 @@ def group_of(row: Row, by: str) -> str:
     return NO_LABEL if row.label is None else row.label
 
 
+def label_of(row: Row) -> str | None:
+    """The row's label, or the function it calls, or None when it has neither: what a share is taken within."""
+    if row.label is not None:
+        return row.label
+    name = function_name(row.answer)
+    return None if name == NO_FUNCTION else name
+
+
 def wanted_shares(weights: Mapping[str, float], *, tempering: float = 1.0) -> dict[str, float]:
     """Shares proportional to weight^tempering, summing to 1, in name order; groups of weight 0 stay at 0.
 

@@ -131,7 +131,9 @@ class IfdParams(Params):
     keep: float = Field(
         default=0.9, gt=0.0, le=1.0, description="share of the scored rows to keep at most, the hardest first"
     )
-    by_label: bool = Field(default=False, description="take that share within every label, so that none vanishes")
+    by_label: bool = Field(
+        default=False, description="take that share within every label, or function called, so that none vanishes"
+    )
     scorer: Literal["teacher", "student"] = Field(
         default="teacher", description="which model scores; student: the model made by an earlier step"
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from compress.context import StageContext, StageResult
 from compress.data.chunks import map_chunks
 from compress.data.funnel import finish
+from compress.data.quality.mixes import label_of
 from compress.data.rows import Dropped, Row, make_row, read_rows
 from compress.data.selection.difficulty import Scored, bare, first_targets, mean_losses, ratio, select
 from compress.data.selection.heuristic_rules import judge_all
@@ -125,7 +126,7 @@ def ifd(params: IfdParams, ctx: StageContext) -> StageResult:
     measured = [bool(np.isfinite(pair).all()) for pair in losses]
     ratios = ratio(losses[:, 0], losses[:, 1], definition=params.definition)
     items = [
-        Scored(index, float(r), rows[index].label if params.by_label else None)
+        Scored(index, float(r), label_of(rows[index]) if params.by_label else None)
         for index, r, ok in zip(scored, ratios, measured, strict=True)
         if ok
     ]
