@@ -53,7 +53,7 @@ def trained() -> Any:
 
 def test_the_whole_model_has_its_known_loss(trained: Any) -> None:
     model, _, held_out = trained
-    assert mean_loss(model, held_out) == pytest.approx(1.168, abs=0.005)  # 1.32 over whole stories: beginnings are alike
+    assert mean_loss(model, held_out) == pytest.approx(1.168, abs=0.005)  # whole stories: 1.32
 
 
 @pytest.mark.parametrize(
