@@ -122,8 +122,8 @@ def forward_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 
 def _kl_dense(logits: Tensor, targets: Dense) -> tuple[Tensor, Tensor]:
     student = torch.log_softmax(logits, dim=-1)
     teacher = targets.logprobs.exp()
-    # a probability of zero contributes zero, though its logarithm is -inf
-    terms = torch.where(teacher > 0, teacher * (targets.logprobs - student), 0.0)
+    # a probability of zero contributes zero, though its logarithm is -inf; NaN stays NaN
+    terms = torch.where(teacher == 0, 0.0, teacher * (targets.logprobs - student))
     return terms.sum(dim=-1), student.exp_().sub_(teacher)
 
 
@@ -141,8 +141,8 @@ def _kl_sparse(logits: Tensor, targets: Sparse) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(logits.dtype).tiny
     mass = rest.sum(dim=-1).clamp_min_(tiny)
     tail = targets.log_tail.exp()
-    kl = torch.where(probabilities > 0, probabilities * (targets.logprobs - top), 0.0).sum(dim=-1)
-    kl = kl + torch.where(tail > 0, tail * (targets.log_tail - mass.log()), 0.0)
+    kl = torch.where(probabilities == 0, 0.0, probabilities * (targets.logprobs - top)).sum(dim=-1)
+    kl = kl + torch.where(tail == 0, 0.0, tail * (targets.log_tail - mass.log()))
     rest *= (1.0 - tail / mass)[:, None]
     return kl, rest.scatter_(1, targets.ids, top.exp_() - probabilities)
 

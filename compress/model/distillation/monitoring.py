@@ -71,7 +71,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 class DivergenceGuard:
     """Stops a run whose loss is NaN, or whose smoothed loss climbs to ``factor`` times its lowest plus ``slack``."""
 
-    def __init__(self, where: str, *, factor: float = 2.0, slack: float = 1.0, smoothing: float = 0.9) -> None:
+    def __init__(self, where: str, *, factor: float = 1.5, slack: float = 0.5, smoothing: float = 0.9) -> None:
         self.where, self.factor, self.slack, self.smoothing = where, factor, slack, smoothing
         self.smooth = self.lowest = 0.0
         self.seen = 0

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str,
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
 
 

@@ -101,7 +101,10 @@ def _coded(rows: Indices, table: RowTable, online: OnlineTargets, cache: TargetC
         step = max(1, (1 << 22) // cache.header.vocab)
         for start in range(0, count, step):
             dense = states.narrow(start, min(start + step, count))
-            parts.append(encode(dense.logprobs.cpu(), cache.header.top_k))
+            coded = encode(dense.logprobs.cpu(), cache.header.top_k)
+            if not bool(torch.isfinite(coded.logprobs[:, 0]).all()):
+                raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
+            parts.append(coded)
     return Coded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs", "log_tail")))
 
 

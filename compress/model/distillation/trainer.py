@@ -220,6 +220,7 @@ class _Run:
         """Run what is left, load the weights to keep and report."""
         start = time.monotonic()
         due = self._validation_steps()
+        self.model.train()
         if self.at.step == 0:
             self._validate(0)
         saved_at, clock = time.monotonic(), Clock()
@@ -236,8 +237,9 @@ class _Run:
                 bar.advance(note=f"loss {loss:.3f}")
         if self.resumed_from < self.total:
             self._save()  # a kill between here and the stage's own saving then costs nothing
-        notes = self._keep()
-        return self._report(time.monotonic() - start, notes)
+        report = self._report(time.monotonic() - start, self._keep())
+        self.student.eval()
+        return report
 
     def _step(self, clock: Clock) -> float:
         """One optimizer step; returns its loss per position."""
@@ -245,7 +247,6 @@ class _Run:
         parts = np.array_split(rows, min(self.settings.accumulate, len(rows)))
         positions, tokens = int(self.table.counts[rows].sum()), int(self.table.lengths[rows].sum())
         sums = np.zeros(3)
-        self.model.train()
         for part in parts:
             losses = self._losses(part)
             self.accelerator.backward(losses.loss / positions)
@@ -313,6 +314,7 @@ class _Run:
             for piece in cut(rows, self.table.lengths, EVALUATION_TOKENS):
                 losses = self._losses(piece)
                 sums += [float(losses.loss), float(losses.ce), float(losses.kl)]
+        self.model.train()
         sums /= int(self.table.counts[rows].sum())
         return dict(zip(("validation_loss", "validation_ce", "validation_kl"), sums.tolist(), strict=True))
 
@@ -410,7 +412,6 @@ class _Run:
                 f"training made the held-out loss worse: {self.at.start_loss:.4f} at the start, "
                 f"{self.at.last['validation_loss']:.4f} at the end"
             )
-        self.student.eval()
         return notes
 
     def _report(self, seconds: float, notes: list[str]) -> TrainReport:
