@@ -23,6 +23,7 @@ from compress.data.funnel import finish
 from compress.data.journal import Journal
 from compress.data.quality.mixes import NO_FUNCTION, count_groups, function_name, wanted_shares
 from compress.data.rows import Row, canonical_json, chat_row, read_rows
+from compress.data.selection.near_duplicates import normal_text
 from compress.data.synthesis.novelty import Known
 from compress.data.synthesis.params import MagpieParams
 from compress.encoding import bare_user_prefix, decode, encode_prompt, end_of_turn, special_ids
@@ -123,10 +124,10 @@ class _Author:
         for generation in drawn:
             text = decode(generation.ids, self.teacher.tokenizer).strip()
             reject = self._malformed(generation, text) or _familiar(known, text)
-            if not reject and text in fresh:
+            if not reject and normal_text(text) in fresh:
                 reject = "drawn before"
             if not reject:
-                fresh.add(text)
+                fresh.add(normal_text(text))
             found.append({"user": text, "reject": reject})
         self._answer([candidate for candidate in found if not candidate["reject"]])
         return found
