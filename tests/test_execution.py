@@ -326,8 +326,18 @@ def test_errors_on_ray(fake_ray, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_real_ray():
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)  # once: each start takes seconds
+    try:
+        real_ray()
+    finally:
+        ray.shutdown()
+
+
+def real_ray():
     rows = list(range(20))
     assert map_shards(squares, rows, shards=6, backend="ray", workers=2) == map_shards(squares, rows, shards=6)
     results = map_shards(with_state, rows, shards=6, backend="ray", workers=2, setup=state)

@@ -374,6 +374,30 @@ def test_kill_at_every_step_of_a_commit(tmp_path):
         assert kill["after"] == whole  # the same bytes as unbroken, and nothing else left
 
 
+def test_everything_is_on_disk_before_the_rename(store, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (calls.append("rename"), rename(old, new)))
+    path = make(store).path
+    inodes = {name: (path / name).stat().st_ino for name in (".", "a.txt", "sub", "sub/b.bin", MANIFEST)}
+    before, after = calls[: calls.index("rename")], calls[calls.index("rename") :]
+    assert set(inodes.values()) <= set(before)
+    assert before.index(inodes["a.txt"]) < before.index(inodes[MANIFEST]) > before.index(inodes["sub/b.bin"])
+    assert before[-1] == inodes["."]
+    assert path.parent.stat().st_ino in after
+
+
+def test_what_a_kill_left_is_gone_before_new_work_begins(store):
+    stale = [store.root / "artifacts" / f".{kind}-{KEY}-x" for kind in ("new", "old")]
+    other = store.root / "artifacts" / f".new-{OTHER}-x"
+    for folder in (*stale, other):
+        folder.mkdir(parents=True)
+        (folder / "big").write_text("x")
+    with store.begin(KEY) as draft:
+        assert sorted((store.root / "artifacts").iterdir()) == sorted([draft.out, other])
+
+
 def test_kill_while_a_stage_works(tmp_path):
     code = """\
 import sys, time
@@ -589,8 +613,11 @@ def test_digests_are_remembered(store, tmp_path, counted):
     assert Store(store.root).file_digest(file) == expected  # ... but with the first artifact it is kept
     assert counted == []
     file.write_text("two")
-    os.utime(file, ns=(1, 1))  # same size, and a time of change that may not be believed
     assert store.file_digest(file) == sha256_of(file) != expected
+    before = file.stat()
+    file.write_text("six")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, and a time that was set back
+    assert store.file_digest(file) == sha256_of(file)
 
 
 def test_fresh_files_are_read_again(store, tmp_path):
