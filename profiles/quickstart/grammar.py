@@ -261,7 +261,8 @@ def colour_template(template: str, rng: Random) -> str:
 def draw(function: str, rng: Random, *, test: bool) -> Request:
     """One request of ``function`` from one side of the split.
 
-    On the test side both the phrasing and the argument combination are held out, but for `SPLIT_BY_PHRASING`.
+    On the test side the phrasing is held out, and so is the combination of two or more arguments, but for
+    `SPLIT_BY_PHRASING`; a lone argument is no combination.
     """
     template = rng.choice(rng.choice(phrasings(function, test)))
     names = list(dict.fromkeys(SLOT.findall(template)))
@@ -270,7 +271,7 @@ def draw(function: str, rng: Random, *, test: bool) -> Request:
         if "from" in drawn and not convertible(str(drawn["from"][0]), str(drawn["to"][0])):
             continue
         call = call_json(function, {name: value for name, (value, _) in drawn.items()})
-        if function in SPLIT_BY_PHRASING or held_out("combination", call) == test:
+        if len(names) < 2 or function in SPLIT_BY_PHRASING or held_out("combination", call) == test:
             break
     else:
         raise AssertionError(f"no {'test' if test else 'train'} combination for {template!r}")
