@@ -226,7 +226,9 @@ class Store:
         for folder in [path for path in draft.out.rglob("*") if path.is_dir()]:
             _sync(folder)
         if draft.record:
-            _write_whole(self.root / "records" / f"{draft.key}.json", canonical_json(draft.record))
+            # Lenient, unlike a key: hours of work are not thrown away over a figure that is NaN or numpy's.
+            record = json.dumps(draft.record, sort_keys=True, ensure_ascii=False, default=_plain)
+            _write_whole(self.root / "records" / f"{draft.key}.json", record)
         manifest: dict[str, Any] = {"schema": SCHEMA, "key": draft.key, "files": files}
         if facts is not None:
             manifest["facts"] = facts
@@ -363,6 +365,11 @@ class Store:
         ]
         temporary = [match[1] for name in names if (match := _TEMPORARY.match(name))]
         return {name for name in names if _KEY.fullmatch(name)} | set(temporary)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's; anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def sha256_of(path: Path) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +168,14 @@ def test_same_content_gives_the_same_bytes(tmp_path):
     make(second, seconds=2.0)
     for name in tree(first.path(KEY)):
         assert (first.path(KEY) / name).read_bytes() == (second.path(KEY) / name).read_bytes()
+
+
+def test_odd_figures_do_not_cost_the_artifact(store):
+    make(store, loss=float("nan"), rows=np.int64(3), rate=np.float32(0.5), place=Path("/x"))
+    record = store.record(KEY)
+    assert str(record.pop("loss")) == "nan"
+    assert record == {"rows": 3, "rate": 0.5, "place": "/x"}
+    assert store.lookup(KEY, verify=True) is not None
 
 
 def test_an_empty_artifact_is_one(store):
