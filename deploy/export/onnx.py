@@ -61,6 +61,7 @@ class OnnxReport:
     head_size: int = 0
     context_tokens: int = 0
     bits: int | None = None
+    read_per_token_bytes: int = 0  # weights that one decoded token reads, as the runtime holds them in memory
 
 
 def write_onnx(checkpoint: Path, out: Path, *, options: OnnxOptions) -> OnnxReport:
@@ -286,6 +287,7 @@ class _Assembly:
         """Append the product of ``read`` with a matrix of the graph."""
         if matrix.coded is None:
             assert matrix.weight is not None, "a matrix has weights or codes"
+            self.report.read_per_token_bytes += matrix.weight.size * 4
             weight = self.graph.constant(f"{name}.weight", np.ascontiguousarray(matrix.weight.T))
             self.graph.add("MatMul", [read, weight], node.output[0], name=_node_name(node.name))
             return
@@ -305,6 +307,8 @@ class _Assembly:
         """Append MatMulNBits."""
         self.coded_linears += 1
         rows, columns = matrix.codes.shape
+        blocks = -(-columns // block)
+        self.report.read_per_token_bytes += rows * blocks * (block * matrix.bits // 8 + 4)  # codes and fp32 scales
         self.graph.add(
             "MatMulNBits",
             inputs,
@@ -371,6 +375,7 @@ class _Assembly:
         if not block or self.embedding.coded is None:
             table = self.graph.constant(f"{EMBEDDING}.weight", self.embedding.plain())
             inputs = [node.input[0], table]
+            self.report.read_per_token_bytes += self.embedding.plain().size * 4
             self.graph.add("FusedMatMul", inputs, node.output[0], name="lm_head", domain=CONTRIB, transB=1)
             return
         coded = self.embedding.coded

@@ -1,0 +1,127 @@
+"""The bundle: one folder that is copied to the device, with ``bundle.json`` that says what is in it and vouches for it.
+
+`write_bundle` describes a finished folder, `open_bundle` reads it back and refuses one that is damaged, `bundle_bytes`
+is what is copied. A GPTQ checkpoint of the same codes may lie beside it in ``gptq/``; it is described too and is no
+part of what is copied. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ModelError
+
+BUNDLE_FILE = "bundle.json"
+GPTQ_FOLDER = "gptq"
+FORM = 1
+_CHUNK = 1 << 20
+_REPAIR = "Copy the bundle again, or export it again"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and what ``bundle.json`` says."""
+
+    folder: Path
+    info: Mapping[str, Any]
+
+    @property
+    def formats(self) -> list[str]:
+        """What is in it: ``onnx``, ``gptq``."""
+        return list(self.info["formats"])
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """Architecture, sizes and bits."""
+        found: Mapping[str, Any] = self.info["model"]
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return int(self.model["parameters"])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are copied to the device, ``bundle.json`` included."""
+        return bundle_bytes(self.folder)
+
+    def need(self, form: str) -> None:
+        """Raise ModelError unless the bundle holds the format ``form``."""
+        if form not in self.formats:
+            raise ModelError(
+                str(self.folder), f"holds {', '.join(self.formats)}", form, f"Export it with formats: [{form}]"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and digest of every file right in ``folder``, ``bundle.json`` apart."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != BUNDLE_FILE)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+
+
+def write_bundle(folder: Path, facts: Mapping[str, Any]) -> Bundle:
+    """Write ``bundle.json`` over the finished files of ``folder`` and ``folder/gptq``; ``facts`` go in as they are."""
+    info = {"edgestill": FORM, **facts, "files": describe(folder)}
+    if (folder / GPTQ_FOLDER).is_dir():
+        info["gptq_files"] = describe(folder / GPTQ_FOLDER)
+    text = json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / BUNDLE_FILE).write_text(text, encoding="utf-8")
+    return Bundle(folder, info)
+
+
+def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
+    """Read a bundle and check its files: sizes always, digests with ``verify``.
+
+    Raises:
+        ModelError: no bundle, another form, or a file is missing, of another size, or altered.
+    """
+    path = folder / BUNDLE_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        do = "Make one with: edgestill export MODEL --target TARGET"
+        raise ModelError(str(path), "no such file", "a bundle folder", do) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(str(path), f"cannot be read ({error})", "a bundle's JSON", _REPAIR) from error
+    if not isinstance(info, dict) or info.get("edgestill") != FORM:
+        raise ModelError(str(path), "not a bundle of this form", f'"edgestill": {FORM}', _REPAIR)
+    for key in ("files", "formats", "model"):
+        if not info.get(key):
+            raise ModelError(str(path), f"no {key}", "formats, model and files", _REPAIR)
+    _check_files(folder, info["files"], verify=verify)
+    if GPTQ_FOLDER in info["formats"] and (folder / GPTQ_FOLDER).is_dir():
+        _check_files(folder / GPTQ_FOLDER, info.get("gptq_files", {}), verify=verify)
+    return Bundle(folder, info)
+
+
+def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> None:
+    for name, facts in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise ModelError(str(folder / BUNDLE_FILE), f"the file name {name!r}", "a plain name", _REPAIR)
+        if not path.is_file():
+            raise ModelError(str(path), "missing from the bundle", do=_REPAIR)
+        if path.stat().st_size != facts["bytes"]:
+            raise ModelError(str(path), f"{path.stat().st_size} bytes", f"{facts['bytes']} as exported", _REPAIR)
+        if verify and file_sha256(path) != facts["sha256"]:
+            raise ModelError(str(path), "its content changed since the export (SHA-256 differs)", do=_REPAIR)
+
+
+def bundle_bytes(folder: Path) -> int:
+    """Return the bytes that are copied to the device: every file right in ``folder``, no sub-folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

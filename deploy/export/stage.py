@@ -1,0 +1,189 @@
+"""The export stage: a checkpoint becomes a bundle for a device, and is proven to compute the same.
+
+`export` writes the formats that are asked for, checks parity in the runtime, checks that the bundle fits the target,
+and describes everything in ``bundle.json``. If any of it fails it raises, and nothing is stored. Knows the pipeline's
+contract for stages; how a format is written is known to `onnx` and `gptq`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from compress.context import StageContext, StageResult
+from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
+from compress.errors import ModelError, TargetError
+from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
+from compress.model.shapes import architecture, parameter_count
+from deploy.bundle import GPTQ_FOLDER, bundle_bytes, write_bundle
+from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
+from deploy.export.parity import Parity, check
+from deploy.export.tokenizer import write_tokenizer
+from deploy.params import ExportParams
+from deploy.sizing import Precision, check_fit, estimate
+
+NOT_STATED = "not stated"
+_CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)
+
+
+def export(params: ExportParams, ctx: StageContext) -> StageResult:
+    """Write the bundle of the model slot into ``ctx.out``.
+
+    Raises:
+        ModelError: the checkpoint cannot be exported, or a format needs codes that it does not have.
+        TargetError: the target does not run a format, or the bundle does not fit it.
+        ParityError: the exported graph computes something else than the checkpoint.
+    """
+    source = ctx.inputs["model"]
+    config = read_config(source)
+    _check_formats(params, ctx, config, source)
+    facts: dict[str, Any] = {
+        "formats": sorted(set(params.formats)),
+        "model": _model_facts(config),
+        "licence": params.licence or licence_of(source),
+        "provenance": _provenance(source),
+        "target": None if ctx.target is None else ctx.target.name,
+    }
+    result = StageResult(metrics={"parameters": parameter_count(config)})
+    if "gptq" in params.formats:
+        _export_gptq(source, ctx.out / GPTQ_FOLDER, result)
+    if "onnx" in params.formats:
+        facts |= _export_onnx(params, ctx, source, result)
+    bundle = write_bundle(ctx.out, facts)
+    result.metrics["bundle_bytes"] = bundle.bytes
+    return result
+
+
+def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, Any], source: Path) -> None:
+    """Refuse early what cannot end well: a format that the target does not run, a model that does not fit it."""
+    architecture(config, where=str(source / "config.json"))
+    check_tokenizer(source, config)
+    if "gptq" in params.formats and not config.get("quantization_config"):
+        raise ModelError(
+            str(source),
+            "its weights are not quantized",
+            "codes, for the format gptq",
+            "Put model.quantization before the export, or leave gptq out of the formats",
+        )
+    if ctx.target is None:
+        return
+    missing = [form for form in params.formats if form not in ctx.target.formats]
+    if missing:
+        raise TargetError(
+            f"target {ctx.target.name}", f"format {missing[0]}", f"one of {', '.join(ctx.target.formats)}"
+        )
+    check_fit(estimate(config, Precision.of_checkpoint(source, config), ctx.target, _context(params, ctx)), ctx.target)
+
+
+def _context(params: ExportParams, ctx: StageContext) -> int | None:
+    return params.context_tokens or (None if ctx.target is None else ctx.target.context_tokens)
+
+
+def _export_gptq(source: Path, out: Path, result: StageResult) -> None:
+    from deploy.export.gptq import export_gptq  # its own module: the format is no part of the bundle
+
+    export_gptq(source, out)
+    result.metrics["gptq_bytes"] = bundle_bytes(out)
+
+
+def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
+    """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
+    options = OnnxOptions(accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx))
+    ctx.progress.say("writing the ONNX model")
+    report = write_onnx(source, ctx.out, options=options)
+    write_tokenizer(source, ctx.out)
+    ctx.progress.say("proving that it computes what the checkpoint computes")
+    parity = check(
+        ctx.out,
+        source,
+        prompts(params, ctx, source, report.context_tokens),
+        tolerance=params.parity_tolerance,
+        max_kl=params.max_kl,
+        threads=ctx.threads,
+        work=ctx.work,
+    )
+    result.notes += report.notes
+    if parity.shipped.top1 < 1:
+        result.notes.append(_said(parity))
+    result.metrics |= {
+        "nodes": report.nodes,
+        "parity": parity.facts(),
+        "onnx_bytes": sum(path.stat().st_size for path in ctx.out.glob("model.onnx*")),
+        "read_per_token_bytes": report.read_per_token_bytes,
+    }
+    return {"onnx": _onnx_facts(params, report), "parity": parity.facts()}
+
+
+def _said(parity: Parity) -> str:
+    shipped = parity.shipped
+    return (
+        f"activations in 8 bits: the most likely token is torch's at {shipped.top1:.2%} of {shipped.positions} "
+        f"positions, KL {shipped.kl:.2g} nats per token (in fp32: {parity.exact.top1:.2%})"
+    )
+
+
+def _onnx_facts(params: ExportParams, report: OnnxReport) -> dict[str, Any]:
+    import onnxruntime
+    import onnxruntime_genai
+
+    return {
+        "runtime": {"onnxruntime": onnxruntime.__version__, "onnxruntime-genai": onnxruntime_genai.__version__},
+        "accuracy_level": params.accuracy_level,
+        "context_tokens": report.context_tokens,
+        "head_size": report.head_size,
+        "nodes": report.nodes,
+        "read_per_token_bytes": report.read_per_token_bytes,
+        "notes": report.notes,
+    }
+
+
+def prompts(params: ExportParams, ctx: StageContext, source: Path, context: int) -> list[list[int]]:
+    """Return the token ids on which parity is proven: a seeded sample of the data's rows, else ``params.prompts``."""
+    tokenizer = load_tokenizer(source)
+    most = min(params.parity_tokens, context)
+    if "data" in ctx.inputs:
+        rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=most, truncate=True)
+        picked = random.Random(ctx.seed).sample(rows, min(params.parity_rows, len(rows)))  # noqa: S311 - a sample
+        return [list(row.ids) for row in picked]
+    encoded = [list(encode_text_prompt(text, tokenizer))[:most] for text in params.prompts[: params.parity_rows]]
+    kept = [ids for ids in encoded if ids]
+    if not kept:
+        raise ModelError("export.prompts", "they give no token", "texts that the tokenizer knows")
+    return kept
+
+
+def _model_facts(config: dict[str, Any]) -> dict[str, Any]:
+    quantization = config.get("quantization_config") or {}
+    return {
+        "architecture": architecture(config),
+        "parameters": parameter_count(config),
+        "layers": int(config["num_hidden_layers"]),
+        "hidden": int(config["hidden_size"]),
+        "vocabulary": int(config["vocab_size"]),
+        "bits": quantization.get("bits"),
+        "group_size": quantization.get("group_size"),
+    }
+
+
+def licence_of(folder: Path) -> str:
+    """Return the licence that a model card (README.md) names in its front matter, else "not stated"."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return NOT_STATED
+    found = _CARD_LICENCE.search(card.read_text(encoding="utf-8", errors="replace"))
+    return found[1].strip() if found else NOT_STATED
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Return stage and parameters of the step that made the checkpoint, when it says so."""
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(str(path), f"cannot be read as JSON ({error})") from error
+    return {key: found[key] for key in ("stage", "params", "teacher", "student") if key in found}

@@ -1,0 +1,127 @@
+"""Running a bundle: greedy generation and logits in onnxruntime-genai, the runtime that the device uses.
+
+`GenaiRunner` answers the same two calls as a torch model does, so that one evaluation reads both. Everything that
+matters is set outright: threads (the runtime's own choice costs 1.5 to 2 times), greedy search, no end tokens of the
+runtime's own (the caller's count). Imports no torch, so that a benchmark's memory is the runtime's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime_genai as og
+
+from compress.errors import DataError, ModelError
+from deploy.bundle import open_bundle
+
+
+class GenaiRunner:
+    """A bundle, or a bare folder of model, runtime config and tokenizer, opened on ``threads`` threads.
+
+    Raises:
+        ModelError: the bundle is damaged or the runtime cannot open it.
+    """
+
+    def __init__(self, folder: Path, *, threads: int, batch_size: int = 16, verify: bool = True) -> None:
+        if verify:
+            open_bundle(folder).need("onnx")
+        config_file = folder / "genai_config.json"
+        if not config_file.is_file():
+            raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
+        settings = json.loads(config_file.read_text(encoding="utf-8"))["model"]
+        self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
+        self.pad_id = int(settings.get("pad_token_id") or 0)
+        self.threads, self.batch_size = threads, batch_size
+        session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        try:
+            config = og.Config(str(folder))
+            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": session}}}))
+            self.model = og.Model(config)
+        except RuntimeError as error:  # what the runtime raises for everything
+            raise ModelError(str(folder), f"onnxruntime-genai cannot open it: {str(error)[:300]}") from error
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, in order, without the stop token.
+
+        A continuation ends before a token of ``stop_ids``, after ``max_new_tokens``, or when the context is full.
+        Prompts of one length run together, so that nothing is padded. Raises DataError for an empty prompt, one that
+        fills the context, or ids outside the vocabulary.
+        """
+        for index, prompt in enumerate(prompts):
+            self._check(prompt, self.context - 1, f"prompt {index}")
+        results: list[list[int]] = [[] for _ in prompts]
+        for picked in self._batches(prompts):
+            answers = self._generate([prompts[i] for i in picked], max_new_tokens, frozenset(stop_ids))
+            for index, answer in zip(picked, answers, strict=True):
+                results[index] = answer
+        return results
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the indices of prompts that run together: equal lengths, none with the pad token."""
+        by_length: dict[int, list[int]] = {}
+        batches: list[list[int]] = []
+        for index, prompt in enumerate(prompts):
+            if self.pad_id in prompt:
+                batches.append([index])
+            else:
+                by_length.setdefault(len(prompt), []).append(index)
+        for indices in by_length.values():
+            batches += [indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size)]
+        return batches
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: frozenset[int]
+    ) -> list[list[int]]:
+        length, rows = len(prompts[0]), len(prompts)
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = set(range(rows))
+        steps = min(max_new_tokens, self.context - length)
+        if steps < 1:
+            return answers
+        generator = self.start(length + steps, rows)
+        ids = np.asarray(prompts, dtype=np.int32)
+        generator.append_tokens(ids if rows > 1 else ids[0])
+        for _ in range(steps):
+            generator.generate_next_token()
+            for row, token in enumerate(generator.get_next_tokens()):
+                if row in running:
+                    if int(token) in stop_ids:
+                        running.discard(row)
+                    else:
+                        answers[row].append(int(token))
+            if not running:
+                break
+        return answers
+
+    def start(self, max_length: int, rows: int = 1) -> og.Generator:
+        """Return a greedy generator for ``rows`` sequences of at most ``max_length`` tokens."""
+        params = og.GeneratorParams(self.model)
+        params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=rows)
+        return og.Generator(self.model, params)
+
+    def logits(self, ids: Sequence[int], *, prefill: int | None = None) -> npt.NDArray[np.float32]:
+        """Return the fp32 logits (T, vocabulary) after each of the ``ids``, which the model is given, not asked for.
+
+        ``prefill`` is how many of them are read at once; the others come one at a time through the KV cache. Left
+        out: all at once. Raises DataError when they exceed the context or the vocabulary.
+        """
+        self._check(ids, self.context, "logits")
+        first = len(ids) if prefill is None else prefill
+        generator = self.start(self.context)
+        parts = []
+        for start, stop in [(0, first), *((at, at + 1) for at in range(first, len(ids)))]:
+            generator.append_tokens(np.asarray(ids[start:stop], dtype=np.int32))
+            parts.append(np.array(generator.get_output("logits")[0], dtype=np.float32))
+        return np.concatenate(parts)
+
+    def _check(self, ids: Sequence[int], most: int, where: str) -> None:
+        if not 0 < len(ids) <= most:
+            raise DataError(where, f"{len(ids)} tokens", f"1 to {most}")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise DataError(where, f"token id {min(ids) if min(ids) < 0 else max(ids)}", f"0 to {self.vocabulary - 1}")

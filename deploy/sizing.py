@@ -1,0 +1,207 @@
+"""What a bundle will weigh, need and do on a target, from a config alone; no weights, no torch.
+
+`estimate` gives bytes, memory and speed, `check_fit` refuses what a target cannot hold. Bytes follow from shapes and
+come within a few percent of the written file; memory within a third; speed is a roofline (Williams, Waterman and
+Patterson 2009): the slower of memory and arithmetic, plus a time per operator, and is rough. Knows targets' facts and
+models' shapes; knows nothing of files' contents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import TargetError
+from compress.model.shapes import head_size, kv_head_count, layer_shapes, parameter_count
+from deploy.targets import Target
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEAD_MULTIPLE = 16  # heads are padded to it (deploy.export.heads)
+BLOCKS = (128, 64, 32, 16)
+SCALE_BYTES = 2  # fp16 in the file
+HELD_SCALE_BYTES = 4  # fp32 in memory
+LAYER_GRAPH_BYTES = 1500  # nodes of one layer, measured
+GRAPH_BYTES = 4000  # nodes around the layers
+CONFIG_BYTES = 3000  # genai_config.json, bundle.json, tokenizer_config.json, chat template
+TOKENIZER_BYTES_PER_ENTRY = 18  # tokenizer.json without blanks: 15 to 20 measured on vocabularies below 1000
+BASE_BYTES = 69_000_000  # a Python process with onnxruntime-genai and an empty model, measured
+HELD_COPIES = 2.0  # weights in memory over weights as read: the file's own bytes while it is parsed and repacked
+LAYER_NODES = 11  # operators that take time, in one layer
+NODE_SECONDS = 5e-6  # dispatch of one operator, measured on two machines' order of magnitude
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of linears, embedding and head; 32 or 16 is plain floating point, less is codes with scales."""
+
+    bits: int = 32
+    group_size: int = 32  # -1: one group per row
+    zero_points: bool = False
+    embedding_bits: int = 32
+    lm_head_bits: int = 32
+
+    @classmethod
+    def of_params(cls, values: Mapping[str, Any]) -> Precision:
+        """Return the precision that a quantization step of these parameters will give; empty ones: plain fp32."""
+        if not values:
+            return cls()
+        embedding = int(values.get("embedding_bits") or 16)
+        bits = int(values.get("bits") or 4)
+        return cls(
+            bits=4 if bits == 3 else bits,  # stored in 4
+            group_size=int(values.get("group_size") or 32),
+            zero_points=not values.get("sym", True),
+            embedding_bits=embedding,
+            lm_head_bits=int(values.get("lm_head_bits") or embedding),
+        )
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, config: Mapping[str, Any]) -> Precision:
+        """Return the precision of a checkpoint folder, as its config and ``edgestill.json`` say."""
+        quantization = config.get("quantization_config")
+        if not quantization:
+            kind = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+            plain = 16 if kind in ("float16", "bfloat16") else 32
+            return cls(bits=plain, embedding_bits=plain, lm_head_bits=plain)
+        made = folder / "edgestill.json"
+        figures = json.loads(made.read_text(encoding="utf-8")).get("figures", {}) if made.is_file() else {}
+        values = dict(quantization) | {key: figures.get(key, 16) for key in ("embedding_bits", "lm_head_bits")}
+        return cls.of_params(values)
+
+
+@dataclass(frozen=True)
+class SizeEstimate:
+    """What is foretold of a bundle on a target."""
+
+    bundle_bytes: int
+    weight_bytes: int  # in the file
+    read_per_token_bytes: int  # weights that one decoded token reads
+    kv_cache_bytes: int  # at ``context_tokens``
+    peak_memory_bytes: int
+    context_tokens: int
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """The estimate as JSON values."""
+        return asdict(self)
+
+
+def estimate(
+    config: Mapping[str, Any], precision: Precision, target: Target, context_tokens: int | None = None
+) -> SizeEstimate:
+    """Return the estimate for a model of ``config`` on ``target``; the context is the target's where left out."""
+    own = int(config.get("max_position_embeddings") or target.context_tokens)
+    context = min(own, target.context_tokens if context_tokens is None else context_tokens)
+    stored, read = weight_bytes(config, precision)
+    cache = kv_cache_bytes(config, context)
+    layers = int(config["num_hidden_layers"])
+    overhead = (layers * LAYER_NODES + 8) * NODE_SECONDS
+    # half the context is full on average over an answer
+    decode = (read + cache / 2) / target.read_bytes_per_s + overhead
+    operations = 2 * parameter_count(config)
+    per_prompt_token = operations / target.flops_per_s
+    return SizeEstimate(
+        bundle_bytes=bundle_bytes(config, precision),
+        weight_bytes=stored,
+        read_per_token_bytes=read,
+        kv_cache_bytes=cache,
+        peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits_bytes(config)),
+        context_tokens=context,
+        decode_tokens_per_s=1 / decode,
+        prefill_tokens_per_s=1 / max(per_prompt_token, overhead / max(context, 1)),
+    )
+
+
+def bundle_bytes(config: Mapping[str, Any], precision: Precision) -> int:
+    """Return the bytes of all files of the bundle."""
+    stored, _ = weight_bytes(config, precision)
+    graph = GRAPH_BYTES + int(config["num_hidden_layers"]) * LAYER_GRAPH_BYTES
+    return stored + graph + CONFIG_BYTES + TOKENIZER_BYTES_PER_ENTRY * int(config["vocab_size"])
+
+
+def weight_bytes(config: Mapping[str, Any], precision: Precision) -> tuple[int, int]:
+    """Return the bytes of all weights in the file, and those that one decoded token reads from memory."""
+    stored = read = 0
+    for name, shape in layer_shapes(config).items():
+        part = name.split(".")[-2]
+        if part in LINEARS and len(shape) == 2:
+            rows, columns = _padded(config, part), shape[1]
+            matrix = _matrix(rows, columns, precision.bits, precision)
+            stored, read = stored + matrix[0], read + matrix[1]
+        else:
+            stored, read = stored + 4 * math.prod(shape), read + 4 * math.prod(shape)
+    layers, hidden, vocab = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    embedding = _matrix(vocab, hidden, precision.embedding_bits, precision)
+    tied = bool(config.get("tie_word_embeddings", False))
+    head = embedding if tied else _matrix(vocab, hidden, precision.lm_head_bits, precision)
+    outer = embedding[0] + (0 if tied else head[0]) + 4 * hidden
+    return layers * stored + outer, layers * read + head[1] + 4 * hidden
+
+
+def _padded(config: Mapping[str, Any], part: str) -> int:
+    """Return the rows of a linear with its heads padded."""
+    size = -(-head_size(config) // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    return {
+        "q_proj": int(config["num_attention_heads"]) * size,
+        "k_proj": kv_head_count(config) * size,
+        "v_proj": kv_head_count(config) * size,
+        "o_proj": int(config["hidden_size"]),
+        "gate_proj": int(config["intermediate_size"]),
+        "up_proj": int(config["intermediate_size"]),
+        "down_proj": int(config["hidden_size"]),
+    }[part]
+
+
+def _matrix(rows: int, columns: int, bits: int, precision: Precision) -> tuple[int, int]:
+    """Return the bytes of a matrix in the file, and in memory."""
+    if bits >= 16:
+        return rows * columns * bits // 8, rows * columns * 4  # computed in fp32
+    wanted = columns if precision.group_size == -1 else precision.group_size
+    block = next((size for size in BLOCKS if size <= wanted and columns % size == 0), min(wanted, BLOCKS[0]))
+    blocks = -(-columns // block)
+    codes = rows * blocks * block * bits // 8
+    zeros = rows * -(-blocks * bits // 8) if precision.zero_points else 0
+    return codes + rows * blocks * SCALE_BYTES + zeros, codes + rows * blocks * HELD_SCALE_BYTES + zeros
+
+
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Return the bytes of keys and values of ``tokens`` positions, in fp32, heads padded."""
+    size = -(-head_size(config) // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    return 2 * 4 * int(config["num_hidden_layers"]) * kv_head_count(config) * size * tokens
+
+
+def logits_bytes(config: Mapping[str, Any], tokens: int = 128) -> int:
+    """Return the bytes of the logits of a prompt, which the runtime computes at every position."""
+    return 4 * int(config["vocab_size"]) * tokens
+
+
+def check_fit(found: SizeEstimate, target: Target) -> None:
+    """Raise TargetError when the bundle does not fit the storage, or running it does not fit the memory."""
+    if found.bundle_bytes > target.storage_bytes:
+        raise TargetError(
+            f"target {target.name}",
+            f"the bundle needs about {_readable(found.bundle_bytes)} of storage",
+            f"at most {_readable(target.storage_bytes)}",
+            "Prune more, or quantize to fewer bits",
+        )
+    if found.peak_memory_bytes > target.usable_memory_bytes:
+        raise TargetError(
+            f"target {target.name}",
+            f"running the bundle needs about {_readable(found.peak_memory_bytes)} of memory, "
+            f"{_readable(found.kv_cache_bytes)} of it for {found.context_tokens} tokens of context",
+            f"at most {_readable(target.usable_memory_bytes)}",
+            "Prune more, quantize to fewer bits, or set export.context_tokens lower",
+        )
+
+
+def _readable(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit returns")
