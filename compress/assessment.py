@@ -32,6 +32,7 @@ from evaluators.metrics import parse_call, score_calls
 PREDICTIONS = "predictions.jsonl"
 SLICE = 64  # tokens compared at once: float64 copies of (tokens, vocabulary) stay small for large vocabularies
 FLOAT32_BYTES = 4
+GENERATED_AT_ONCE = 128
 
 
 class Runtime(Protocol):
@@ -84,12 +85,14 @@ def evaluate_model(params: EvaluateParams, ctx: StageContext) -> StageResult:
 
 def evaluate_bundle(params: EvaluateParams, ctx: StageContext) -> StageResult:
     """Measure the exported bundle in the runtime that the device uses, with the tokenizer that lies in it."""
-    from deploy.runners import GenaiRunner  # the runtime's library loads only here
+    from deploy.bundle import BUNDLE_FILE, open_bundle  # the runtime's library loads only here
+    from deploy.runners import GenaiRunner
 
     folder = ctx.inputs["bundle"]
+    bundle = open_bundle(folder)
+    size = sum(int(file["bytes"]) for file in bundle.info["files"].values()) + (folder / BUNDLE_FILE).stat().st_size
     runner = GenaiRunner(folder, threads=ctx.threads)
-    subject = Subject("bundle", runner, load_tokenizer(folder), None, bundle_bytes(folder))
-    return evaluate(subject, params, ctx)
+    return evaluate(Subject("bundle", runner, load_tokenizer(folder), bundle.parameters, size), params, ctx)
 
 
 def torch_runtime(folder: Path, threads: int) -> Runtime:
@@ -155,13 +158,15 @@ def call_task(subject: Subject, rows: Sequence[Row], params: EvaluateParams, sco
     tokenizer = subject.tokenizer
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
     stop = stop_ids(tokenizer)
-    answers: list[list[int]] = []
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # runtimes batch prompts of like length
+    texts = [""] * len(prompts)
     with ctx.progress.bar(f"answers of the {subject.name}", len(prompts)) as bar:
-        for at in range(0, len(prompts), 64):
-            part = prompts[at : at + 64]
-            answers += subject.runtime.generate(part, params.max_new_tokens, stop)
+        for at in range(0, len(order), GENERATED_AT_ONCE):
+            part = order[at : at + GENERATED_AT_ONCE]
+            answers = subject.runtime.generate([prompts[i] for i in part], params.max_new_tokens, stop)
+            for i, ids in zip(part, answers, strict=True):
+                texts[i] = decode(ids, tokenizer)
             bar.advance(len(part))
-    texts = [decode(ids, tokenizer) for ids in answers]
     for name, values in score_calls(texts, [row.answer for row in rows]).items():
         scores.add(name, [row.id for row in rows], values)
     with (ctx.out / PREDICTIONS).open("w", encoding="utf-8") as out:

@@ -9,15 +9,14 @@ from pydantic import Field, model_validator
 from compress.context import Params
 
 Task = Literal["function_call", "perplexity", "agreement"]
+DEFAULT_TASKS: tuple[Task, ...] = ("perplexity", "agreement")
 Comparison = Literal["min", "max", "max_drop", "max_rise", "min_ratio", "max_ratio"]
 
 
 class EvaluateParams(Params):
     """What is measured on the test rows, and on how many of them."""
 
-    tasks: list[Task] = Field(
-        default_factory=lambda: ["perplexity", "agreement"], min_length=1, description="what to measure"
-    )
+    tasks: list[Task] = Field(default_factory=lambda: list(DEFAULT_TASKS), min_length=1, description="what to measure")
     rows: int = Field(1000, ge=1, description="test rows for the task metrics, a seeded sample of them all")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="longest answer that is generated")
     max_tokens: int = Field(512, ge=8, description="longest row, in tokens; longer text rows are cut")

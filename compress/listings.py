@@ -6,12 +6,13 @@ Knows where things are kept; shows nothing itself.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from compress.errors import UserError
 from compress.stages import STAGES
 
-Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def rows_of(what: str, root: Path | None) -> Rows:

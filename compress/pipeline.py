@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from compress.context import StageContext
+from compress.estimates import Estimate, estimate
 from compress.metering import Meter
 from compress.plans import Facts, Node, Outside, Plan, plan
 from compress.progress import Progress
@@ -73,8 +74,12 @@ def run(
     store = store or Store(default_store(), say=progress.say)
     with _terminable():
         planned = plan(profile, store=store, table=table, until=until, fetch=True)
+        foretold = None
+        if table is STAGES:  # other stages have other parameters, of which nothing can be foretold
+            foretold = estimate(planned)
+            foretold.refuse_misfit()
         executor = _Executor(planned, store, verify=verify, progress=progress)
-        return executor.run()
+        return executor.run(foretold)
 
 
 @contextmanager
@@ -109,12 +114,14 @@ class _Executor:
         self.folders: dict[str, Path] = {}  # artifact key -> folder
         self._teacher: Teacher | None = None
 
-    def run(self) -> RunRecord:
+    def run(self, foretold: Estimate | None) -> RunRecord:
         """Run all nodes and close the record whatever happens."""
         started = time.perf_counter()
         moment = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         run_id = f"{moment}-{self.planned.profile.name}-{secrets.token_hex(2)}"
         recorder = Recorder(self.planned, self.store.root / "runs" / run_id, run_id)
+        if foretold is not None:
+            recorder.record["estimates"] = foretold.records()
         recorder.write()
         try:
             for at in range(len(self.planned.nodes)):

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from compress import doctor, run_record
 from compress.errors import EdgestillError
-from compress.plans import Node, Outside, Plan
+from compress.plans import Node, Plan
 from compress.run_record import (
     BenchRecord,
     CurveRecord,
@@ -113,8 +113,19 @@ def bench_record(subject: str, figures: dict[str, Any], device: dict[str, Any]) 
     return cast("BenchRecord", row)
 
 
-def _source_key(source: Node | Outside) -> str:
-    return source.key
+def measured(what: str, record: RunRecord) -> float | None:
+    """What came out for one of the figures that a plan foretells; None when it was not measured in this run."""
+    rows = {row["subject"]: row for row in record["summary"]}
+    peaks = [stage["peak_memory_bytes"] or 0 for stage in record["stages"]]
+    times = [stage["seconds"] or 0.0 for stage in record["stages"]]
+    found: dict[str, float | None] = {
+        "time of all stages": sum(times) if all(stage["state"] == "done" for stage in record["stages"]) else None,
+        "peak memory of the run": max(peaks, default=0) or None,
+        "teacher parameters": rows["teacher"]["parameters"] if "teacher" in rows else None,
+        "student parameters": rows["student"]["parameters"] if "student" in rows else None,
+        "bundle size": rows["bundle"]["bytes"] if "bundle" in rows else None,
+    }
+    return found.get(what)
 
 
 class Recorder:
@@ -174,7 +185,7 @@ class Recorder:
             "metrics": {},
             "notes": [],
             "params": node.params.model_dump(mode="json"),
-            "inputs": {slot: _source_key(source) for slot, source in node.inputs.items()},
+            "inputs": {slot: source.key for slot, source in node.inputs.items()},
         }
 
     def started(self, at: int) -> None:
@@ -220,6 +231,8 @@ class Recorder:
             name = running["name"] if running else None
             message = str(error) if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
             record["error"] = {"kind": type(error).__name__, "message": message, "stage": name}
+        for entry in record["estimates"]:
+            entry["measured"] = measured(entry["what"], record)
         record["verdict"] = self._verdict(running["name"] if running else None)
         self.write()
 

@@ -59,7 +59,7 @@ def calls(count: int) -> list[Row]:
 
 
 class Scripted:
-    """A runtime that says what it is told, in the order of the prompts."""
+    """A runtime that says what it is told, in the order of the prompts (the prompts being of one length)."""
 
     def __init__(self, answers: list[str], tokenizer: Any) -> None:
         self.answers, self.tokenizer, self.at = answers, tokenizer, 0
