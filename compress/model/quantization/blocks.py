@@ -7,7 +7,7 @@ Knows nothing of quantization, rows or stages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from compress.model.checkpoint import quiet_transformers, weight_files
 from compress.model.layers import decoder_layers
 
+Inputs = Iterator[torch.Tensor]
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -72,10 +73,49 @@ class BlockStream:
     @torch.no_grad()
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after ``layer``."""
-        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
-        embedded = self.rotary(hidden, positions)
+        positions, embedded = self._positions(hidden)
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embedded)
         return cast(torch.Tensor, output)
+
+    @torch.no_grad()
+    def walk(self, layer: nn.Module, hidden: list[torch.Tensor]) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        """Take ``hidden`` (one entry per batch) through ``layer`` in four steps, in place.
+
+        Each step yields the names of linears and what they are about to be given, one tensor per batch, made as it
+        is asked for. The weights of these linears may be changed before the walk goes on: the next step sees it.
+        The same operations in the same order as `run`, and attention only once.
+        """
+        parts = cast(Any, layer)
+        yield ("q_proj", "k_proj", "v_proj"), (parts.input_layernorm(values) for values in hidden)
+        heads = [self._heads(layer, values) for values in hidden]
+        yield ("o_proj",), iter(heads)
+        for i in range(len(hidden)):
+            hidden[i] = hidden[i] + parts.self_attn.o_proj(heads[i])
+            heads[i] = heads[i].new_empty(0)  # both lists are never held whole at once
+        yield ("gate_proj", "up_proj"), (parts.post_attention_layernorm(values) for values in hidden)
+        yield ("down_proj",), (_into_down(parts.mlp, parts.post_attention_layernorm(values)) for values in hidden)
+        for i, values in enumerate(hidden):
+            hidden[i] = values + parts.mlp(parts.post_attention_layernorm(values))
+
+    def _heads(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what o_proj is given: the heads' outputs side by side (B, T, heads * head size)."""
+        parts, found = cast(Any, layer), []
+        hook = parts.self_attn.o_proj.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+        try:
+            positions, embedded = self._positions(hidden)
+            parts.self_attn(
+                hidden_states=parts.input_layernorm(hidden),
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=embedded,
+            )
+        finally:
+            hook.remove()
+        return cast(torch.Tensor, found[0])
+
+    def _positions(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        positions = torch.arange(hidden.shape[1]).unsqueeze(0)
+        return positions, self.rotary(hidden, positions)
 
     def final_norm(self) -> nn.Module:
         """Return the norm before the output head."""
@@ -104,6 +144,11 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     """Read one tensor as it is stored."""
     with safe_open(str(path), framework="pt") as file:
         return cast(torch.Tensor, file.get_tensor(name))
+
+
+def _into_down(mlp: Any, normed: torch.Tensor) -> torch.Tensor:
+    """Return what down_proj is given."""
+    return cast(torch.Tensor, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
 def _skeleton(config: Any) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from compress.model.checkpoint import check_folder, parameter_count, read_config
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
 from compress.model.quantization.gptq import gptq_quantize, output_error
-from compress.model.quantization.hessians import SAME_INPUT, input_moments, position_weights, second_moment
+from compress.model.quantization.hessians import position_weights, second_moment
 from compress.model.quantization.layout import Layout, choose
 from compress.model.quantization.measuring import Check, bits_per_weight
 from compress.model.quantization.packing import QuantizedLinear, dequantize, pack_layer, read_layer
@@ -135,8 +135,6 @@ class _Run:
                 layer = stream.layer(index)
                 check.plain(layer)
                 found, report = self.block(index, layer, hidden, weights)
-                for i, values in enumerate(hidden):  # one by one: old and new states are not kept side by side
-                    hidden[i] = stream.run(layer, values)
                 check.quantized(layer)
                 tensors |= found
                 reports += report
@@ -149,18 +147,21 @@ class _Run:
         return _write(self.job, tensors, outer, reports, check.end(plain, head))
 
     def block(
-        self, index: int, layer: nn.Module, hidden: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+        self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], list[Report]]:
-        """Quantize one layer, or read what an earlier run left; ``layer`` then computes with quantized weights."""
+        """Quantize one layer, or read what an earlier run left, and take ``hidden`` through it.
+
+        ``layer`` then has the quantized weights.
+        """
         path = self.job.ctx.work / f"layer-{index:04d}.safetensors"
         if path.is_file():
             with safe_open(str(path), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
                 reports = json.loads(file.metadata()["edgestill"])
             for name, linear in linears(layer).items():
-                linear.weight.data = dequantize(
-                    *read_layer(tensors, linear_path(index, name), bits=self.job.layout.stored_bits)
-                )
+                found = read_layer(tensors, linear_path(index, name), bits=self.job.layout.stored_bits)
+                linear.weight.data = dequantize(*found)
+            self.advance(layer, hidden)
             return tensors, reports
         done, reports = self.linears(index, layer, hidden, weights)
         tensors = _layer_tensors(layer, index, done, self.job.layout)
@@ -168,23 +169,35 @@ class _Run:
         save_tensors(tensors, path, note=json.dumps(reports))
         return tensors, reports
 
+    def advance(self, layer: nn.Module, hidden: list[torch.Tensor]) -> None:
+        """Take ``hidden`` through ``layer`` in place, one batch after the other."""
+        for i, values in enumerate(hidden):
+            hidden[i] = self.job.stream.run(layer, values)
+
     def linears(
-        self, index: int, layer: nn.Module, hidden: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+        self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]
     ) -> tuple[dict[str, QuantizedLinear], list[Report]]:
-        """Quantize the seven linears, measuring their inputs anew after each step when true_sequential."""
+        """Quantize the seven linears: each step on what the quantized steps before it put out, or all at once."""
         done: dict[str, QuantizedLinear] = {}
-        reports = []
-        steps = [[names] for names in SAME_INPUT] if self.params.true_sequential else [list(SAME_INPUT)]
-        for step in steps:
-            moments = input_moments(layer, [names[0] for names in step], self.job.stream.run, hidden, weights)
-            for names in step:
-                for name in names:
-                    linear = linears(layer)[name]
-                    done[name], report = self.matrix(
-                        linear.weight.data, moments[names[0]], linear_path(index, name), bits=self.job.layout.bits
-                    )
-                    linear.weight.data = dequantize(*done[name])
-                    reports.append(report)
+        reports: list[Report] = []
+
+        def replace(names: Sequence[str], moment: torch.Tensor) -> None:
+            for name in names:
+                linear = linears(layer)[name]
+                path = linear_path(index, name)
+                done[name], report = self.matrix(linear.weight.data, moment, path, bits=self.job.layout.bits)
+                linear.weight.data = dequantize(*done[name])
+                reports.append(report)
+
+        if self.params.true_sequential:
+            for names, inputs in self.job.stream.walk(layer, hidden):
+                replace(names, second_moment(inputs, weights))
+        else:
+            steps = self.job.stream.walk(layer, list(hidden))
+            moments = [(names, second_moment(inputs, weights)) for names, inputs in steps]
+            for names, moment in moments:
+                replace(names, moment)
+            self.advance(layer, hidden)
         return done, reports
 
     def matrix(
@@ -223,7 +236,7 @@ class _Run:
         if self.job.layout.lm_head_bits == 16:
             return None, []
         norm = self.job.stream.final_norm()
-        moment = second_moment([norm(values) for values in hidden], weights)
+        moment = second_moment((norm(values) for values in hidden), weights)
         layer, report = self.matrix(plain, moment, HEAD.removesuffix(".weight"), bits=self.job.layout.lm_head_bits)
         return layer, [report]
 

@@ -47,7 +47,7 @@ class GptqParams(RtnParams):
     true_sequential: bool = Field(
         default=True, description="within a layer, let o see the quantized q, k, v, and down the quantized gate and up"
     )
-    calibration_tokens: int = Field(default=65_536, ge=1, description="tokens whose activations are measured")
+    calibration_tokens: int = Field(default=32_768, ge=1, description="tokens whose activations are measured")
     max_tokens: int = Field(default=512, ge=2, description="longer rows lose their end")
     batch_size: int = Field(default=16, ge=1, description="rows per calibration batch")
     prompt_weight: float = Field(

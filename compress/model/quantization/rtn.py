@@ -24,19 +24,23 @@ def fit(
     scales are rounded up to fp16 to keep that true. With ``clip_steps`` n, n + 1 shares of that span down to
     `SMALLEST_CLIP` are tried too and each row takes the one of least squared error, weighted per input by
     ``importance`` (inputs,). A symmetric grid has one step less above zero than below, so that its shares begin
-    where the upper half alone spans the values. Zero is always on the grid, so that padding and pruned weights stay zero.
+    where the upper half alone spans the values. Zero is always on the grid, so that padding and pruned weights
+    stay zero.
 
     An asymmetric zero point is at least 1: stored as zero - 1 in the GPTQ layout it would wrap around at 0, and
     readers disagree about that. A group of zeros gets scale 1. Raises ModelError when a scale exceeds fp16.
     """
     low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
-    scale, zero_point = _grid(low, high, bits=bits, sym=sym)
     if clip_steps < 1:
-        return scale, zero_point
-    best = _error(values, scale, zero_point, bits, importance)
+        return _grid(low, high, bits=bits, sym=sym)
     top = (1 << bits) - 1
-    for share in torch.linspace(top / (top - 1) if sym else 1.0, SMALLEST_CLIP, clip_steps + 1).tolist():
-        tried = _grid(low * share, high * share, bits=bits, sym=sym)
+    largest = top / (top - 1) if sym else 1.0
+    shares = torch.cat([torch.ones(1), torch.linspace(largest, SMALLEST_CLIP, clip_steps + 1)]).to(values.dtype)
+    spans = shares.unsqueeze(1)  # (shares, 1); the first is the whole range
+    scales, zero_points = _grid(low * spans, high * spans, bits=bits, sym=sym)  # (shares, out)
+    scale, zero_point = scales[0], zero_points[0]
+    best = _error(values, scale, zero_point, bits, importance)
+    for tried in zip(scales[1:], zero_points[1:], strict=True):
         error = _error(values, *tried, bits, importance)
         better = error < best
         scale, zero_point = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero_point)
@@ -45,7 +49,7 @@ def fit(
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the grid that spans ``low`` <= 0 <= ``high`` (out,)."""
+    """Return scales and zero points of the grids that span ``low`` <= 0 <= ``high``, all of one shape."""
     top, middle = (1 << bits) - 1, 1 << (bits - 1)
     if sym:
         scale = _half(2 * torch.maximum(-low, high) / top)
