@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import ModelError
 from compress.identities import digest_of
 from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, encode, shards
+from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
 from compress.model.layers import output_head
@@ -33,12 +34,6 @@ SHARD_POSITIONS = 16_384  # a kill loses at most the teacher's work on these
 TEACHER_TOKENS = 4_096  # padded tokens of one teacher batch
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states (N, H) at the kept positions of ``batch``; no mask is needed, see `packing`."""
-    states: Tensor = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
-    return states.reshape(-1, states.shape[-1]).index_select(0, batch.keep)
-
-
 class OnlineTargets:
     """Runs the teacher on every batch."""
 
@@ -49,7 +44,7 @@ class OnlineTargets:
 
     def __call__(self, batch: Batch) -> States:
         with torch.no_grad(), torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return States(hidden_states(self.teacher, batch).to(self.head.dtype), self.head, self.temperature)
+            return States(kept_states(self.teacher, batch).to(self.head.dtype), self.head, self.temperature)
 
 
 class CachedTargets:

@@ -26,12 +26,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from compress.errors import ModelError, StoreError, TrainingError, UserError
+from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import LossParts, LossWeights, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
 from compress.model.distillation.packing import Batch, BatchOrder, Indices, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.resume import read_tensors, save_tensors
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
-from compress.model.distillation.targets import TargetFn, hidden_states
+from compress.model.distillation.targets import TargetFn
 from compress.model.layers import output_head
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class DistillationModel(nn.Module):
 
     def forward(self, batch: Batch, targets: Targets | None) -> LossParts:
         """Sums of the losses over the kept positions of ``batch``."""
-        hidden = hidden_states(self.student, batch)
+        hidden = kept_states(self.student, batch)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
         return fused_loss(hidden, head, batch.labels, targets, self.weights)
 
