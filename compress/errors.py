@@ -36,6 +36,16 @@ class EdgestillError(Exception):
             text += f". {do}"
         super().__init__(text)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the fields when an error crosses from a worker process."""
+        return _rebuilt, (type(self), self.where, self.got, self.allowed, self.do)
+
+
+def _rebuilt(kind: type[EdgestillError], where: str, got: str, allowed: str, do: str) -> EdgestillError:
+    error = kind.__new__(kind)
+    EdgestillError.__init__(error, where, got, allowed, do)
+    return error
+
 
 class UserError(EdgestillError):
     """The user's input is wrong."""
