@@ -1,0 +1,127 @@
+"""Export of the common GPTQ checkpoint: a folder that other toolchains open, proven to hold the source's codes.
+
+`export_gptq` copies a quantized checkpoint, writes its model card, opens the copy again and compares every code,
+scale and zero point with the source; `read_codes` lists them. Knows nothing of how the codes came about, of targets
+or of other formats.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from compress.errors import ModelError, ParityError
+from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files
+from compress.model.quantization import packing
+
+CARD = "README.md"
+_COPIED = ("config.json", "generation_config.json")
+
+
+def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write the quantized checkpoint ``source`` into ``folder`` as others read it; return figures for the run record.
+
+    ``facts`` are lines for the model card (name -> value): origin, licence, measured quality. The folder has no
+    file of ours beside the common ones. Raises ModelError when ``source`` is not quantized in the format "gptq",
+    ParityError when the copy does not hold the same codes.
+    """
+    check_folder(source)
+    config = read_config(source)
+    settings = config.get("quantization_config")
+    if not settings:
+        raise ModelError(
+            str(source), "plain weights", "a quantized checkpoint", "Quantize it first: model.quantization"
+        )
+    packing.check_quantization_config(settings, where=str(source / "config.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for path in weight_files(source):
+        shutil.copyfile(path, folder / path.name)
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, folder / index.name)
+    copy_tokenizer(source, folder)
+    (folder / CARD).write_text(card(config, facts or {}), encoding="utf-8")
+    matrices = verify(source, folder)
+    return {
+        "format": "gptq",
+        "bits": int(settings["bits"]),
+        "group_size": int(settings["group_size"]),
+        "matrices": matrices,
+        "bytes": sum(path.stat().st_size for path in sorted(folder.iterdir())),
+    }
+
+
+def read_codes(folder: Path) -> Iterator[tuple[str, packing.QuantizedLinear]]:
+    """Yield every quantized linear of a checkpoint by name, in the order of names; one at a time is in memory."""
+    bits = int(read_config(folder)["quantization_config"]["bits"])
+    for path in weight_files(folder):
+        with safe_open(str(path), framework="pt") as file:
+            names = sorted(name for name in file.keys() if name.endswith(".qweight"))  # noqa: SIM118
+            for name in names:
+                prefix = name.removesuffix(".qweight")
+                wanted = (f"{prefix}.{suffix}" for suffix in packing.SUFFIXES)
+                parts = {part: file.get_tensor(part) for part in wanted}
+                yield prefix, packing.read_layer(parts, prefix, bits=bits)
+
+
+def verify(source: Path, folder: Path) -> int:
+    """Open the export as a model and compare it with its source; return the number of matrices compared.
+
+    Codes, scales, zero points and groups must be the same, and every parameter of the opened model must be what the
+    source's codes stand for. Raises ParityError that names the first difference.
+    """
+    model = load_model(folder)
+    weights = dict(model.named_parameters())
+    count = 0
+    for (name, ours), (other, theirs) in zip(read_codes(source), read_codes(folder), strict=True):
+        same = name == other and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if not same or not torch.equal(weights[f"{name}.weight"], packing.dequantize(*ours)):
+            raise ParityError(str(folder), f"{other} does not hold the codes of its source", name)
+        count += 1
+    if not count:
+        raise ParityError(str(folder), "no quantized matrix", "the codes of its source")
+    return count
+
+
+def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the model card: what it is, how to open it, and ``facts``."""
+    settings = config["quantization_config"]
+    grouping = "one scale per output" if settings["group_size"] == -1 else f"groups of {settings['group_size']} inputs"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [gptq, quantized]",
+        "---",
+        "",
+        "# Quantized language model",
+        "",
+        f"A {config['architectures'][0]} whose linear layers are stored in {settings['bits']} bits, {grouping}, "
+        f"{'symmetric' if settings['sym'] else 'asymmetric'}. Made by edgestill.",
+        "",
+        "Layout: GPTQ, checkpoint format `gptq` (int32 `qweight` and `qzeros`, stored zero = zero point - 1, fp16",
+        "`scales`, int32 `g_idx`). Other tensors are plain.",
+        "",
+        "Opens in GPTQModel, in transformers (with gptqmodel and optimum installed), and in the onnxruntime-genai",
+        "model builder from 0.18 on:",
+        "",
+        "    python -m onnxruntime_genai.models.builder -i FOLDER -o OUT -p int4 -e cpu -c CACHE \\",
+        "        --extra_options nodes_to_exclude=/lm_head/MatMul shared_embeddings=false",
+        "",
+        "Without these options the builder rounds the output head to 4 bits as well.",
+    ]
+    if facts:
+        lines += ["", "| fact | value |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(facts[name])} |" for name in sorted(facts)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
