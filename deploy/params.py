@@ -16,11 +16,18 @@ PROMPTS = (
 )
 
 
+Format = Literal["onnx", "gptq"]
+
+
+def _default_formats() -> list[Format]:
+    return ["onnx"]
+
+
 class ExportParams(Params):
     """What is written, how its graph computes, and how closely it must agree with the checkpoint in torch."""
 
-    formats: list[Literal["onnx", "gptq"]] = Field(
-        default_factory=lambda: ["onnx"], min_length=1, description="onnx: the bundle; gptq: a checkpoint beside it"
+    formats: list[Format] = Field(
+        default_factory=_default_formats, min_length=1, description="onnx: the bundle; gptq: a checkpoint beside it"
     )
     accuracy_level: Literal[0, 1, 4] = Field(
         4, description="of the int4 products: 4 rounds activations to 8 bits, two to three times faster; 0, 1: fp32"

@@ -25,7 +25,7 @@ def padded_size(size: int) -> int:
 def places(size: int, padded: int) -> Index:
     """Return the place of each of a head's ``size`` channels within its ``padded`` ones, (size,)."""
     half = np.arange(size // 2)
-    return np.concatenate([half, padded // 2 + half]).astype(np.int64)
+    return np.asarray(np.concatenate([half, padded // 2 + half]), dtype=np.int64)
 
 
 def row_order(heads: int, size: int, padded: int) -> Index:

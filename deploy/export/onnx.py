@@ -261,7 +261,7 @@ class _Assembly:
             self.output_head(node)
             return
         matrix, part = self.matrix(name), name.split(".")[-1]
-        order = np.arange(matrix.shape[1])
+        order: Index = np.arange(matrix.shape[1], dtype=np.int64)
         block = 0
         if matrix.coded is not None:
             block, order = codes.column_layout(matrix.coded.groups, matrix.coded.bits)
@@ -363,7 +363,8 @@ class _Assembly:
     def output_head(self, node: onnx.NodeProto) -> None:
         """Append the head; a tied one reads the embedding's own initializers."""
         if self.head is not None:
-            block, order = 0, np.arange(self.head.shape[1])
+            block = 0
+            order: Index = np.arange(self.head.shape[1], dtype=np.int64)
             if self.head.coded is not None:
                 block, order = codes.column_layout(self.head.coded.groups, self.head.coded.bits)
             read = node.input[0]

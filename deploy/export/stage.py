@@ -18,7 +18,8 @@ from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, bundle_bytes, write_bundle
+from deploy.bundle import GPTQ_FOLDER, write_bundle
+from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
@@ -49,7 +50,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
     }
     result = StageResult(metrics={"parameters": parameter_count(config)})
     if "gptq" in params.formats:
-        _export_gptq(source, ctx.out / GPTQ_FOLDER, result)
+        _export_gptq(source, ctx.out / GPTQ_FOLDER, str(facts["licence"]), result)
     if "onnx" in params.formats:
         facts |= _export_onnx(params, ctx, source, result)
     bundle = write_bundle(ctx.out, facts)
@@ -82,11 +83,9 @@ def _context(params: ExportParams, ctx: StageContext) -> int | None:
     return params.context_tokens or (None if ctx.target is None else ctx.target.context_tokens)
 
 
-def _export_gptq(source: Path, out: Path, result: StageResult) -> None:
-    from deploy.export.gptq import export_gptq  # its own module: the format is no part of the bundle
-
-    export_gptq(source, out)
-    result.metrics["gptq_bytes"] = bundle_bytes(out)
+def _export_gptq(source: Path, out: Path, licence: str, result: StageResult) -> None:
+    written = export_gptq(source, out, facts={"licence": licence})
+    result.metrics |= {"gptq_bytes": written["bytes"], "gptq_matrices": written["matrices"]}
 
 
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""The benchmark: a record that is whole and agrees with itself, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.errors import EdgestillError, ModelError
+from compress.model.checkpoint import read_config
+from deploy import bench as bench_module
+from deploy import sizing
+from deploy.bench import BENCH_FILE, bench, bench_bundle
+from deploy.params import BenchParams
+from deploy.sizing import Precision
+from deploy.targets import load_target
+from tests.deploy.tools import context
+
+
+def test_the_record_is_whole_and_agrees_with_itself(bundle: Path, quantized: Path, tmp_path: Path) -> None:
+    ctx = context("deploy.bench.local", tmp_path / "out", inputs={"bundle": bundle})
+    result = bench(BenchParams(prompt_tokens=16, new_tokens=8, repeats=3), ctx)
+    found = result.metrics
+    assert json.loads((ctx.out / BENCH_FILE).read_text(encoding="utf-8")) == found
+    assert found["runtime"] == "onnxruntime-genai int4"
+    assert (found["threads"], found["repeats"], found["warmup"]) == (1, 3, 1)
+    for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s"):
+        assert 0 < found[name]["low"] <= found[name]["median"] <= found[name]["high"]
+    assert found["prefill_tokens_per_s"] == pytest.approx(16 / found["prefill_s"]["median"])
+    assert found["decode_tokens_per_s"] == pytest.approx(1 / found["decode_s_per_token"]["median"])
+    assert found["first_token_s"] >= found["prefill_s"]["low"]
+    bound = found["memory_bandwidth_bytes_per_s"] / found["weight_bytes"]
+    assert found["read_bound_tokens_per_s"] == pytest.approx(bound)
+    assert found["read_bound_share"] == pytest.approx(found["decode_tokens_per_s"] / bound)
+    assert 2e7 < found["base_memory_bytes"] < found["peak_memory_bytes"] < 3e8  # torch alone would be more
+    config = read_config(quantized)
+    estimate = sizing.estimate(config, Precision.of_checkpoint(quantized, config), load_target("x86-laptop-avx2"))
+    assert estimate.peak_memory_bytes == pytest.approx(found["peak_memory_bytes"], rel=0.35)
+
+
+def test_lengths_beyond_the_context_are_refused(bundle: Path) -> None:
+    with pytest.raises(ModelError, match=r"prompt_tokens 200 and new_tokens 100; expected at most 256 together"):
+        bench_bundle(bundle, prompt_tokens=200, new_tokens=100)
+
+
+def test_a_failure_of_the_measuring_process_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module.json, "dumps", lambda _: "no json")
+    with pytest.raises(EdgestillError, match=r"bench: the measuring process failed: .*JSONDecodeError"):
+        bench_bundle(bundle, prompt_tokens=4, new_tokens=4, repeats=1)
