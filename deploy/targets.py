@@ -61,9 +61,7 @@ class Target(BaseModel):
 
 def built_in_targets() -> Path:
     """The folder of the built-in targets, in a checkout and in an installed wheel alike."""
-    import profiles  # a package of data files; nothing but its place is used
-
-    return Path(profiles.__path__[0]) / "targets"
+    return Path(__file__).resolve().parents[1] / "profiles" / "targets"
 
 
 def list_targets() -> list[str]:

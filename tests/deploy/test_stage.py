@@ -57,6 +57,7 @@ def test_two_exports_are_the_same_bytes(quantized: Path, tmp_path: Path) -> None
 
 def test_parity_is_proven_on_the_datas_own_rows(quantized: Path, tmp_path: Path) -> None:
     rows = [chat_row(ask["content"], call["content"]) for ask, call in tiny_conversations(40)]
+    (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data", rows)
     result = run(quantized, tmp_path / "out", inputs={"data": tmp_path / "data"}, parity_rows=6)
     assert result.metrics["parity"]["exact"]["positions"] > 6 * 10
