@@ -7,7 +7,6 @@ say so. `Estimate.refuse_misfit` raises when the target cannot hold what would c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,16 @@ from compress.run_record import EstimateRecord
 
 BYTES_PER_TOKEN = 3.5  # of a file of rows; English in JSON lies between 2.5 and 5
 ROW_BYTES = 150.0  # mean row of a chat pool, where nothing better is known
-TRAINING_SHARE = 0.35  # of the machine's matrix product that training of a small model reaches
-FORWARD_SHARE = 0.3
+TRAINING_SHARE = 0.6  # of the machine's matrix product that training of a small model reaches (0.66 to 0.88 measured)
+FORWARD_SHARE = 0.5
 BASE_BYTES = 650_000_000  # a process with torch and transformers loaded
+# how often the teacher reads all rows; with and without the prompt for IFD, the prompts alone for embeddings
+TEACHER_SCANS = {"mislabel": 1.2, "ifd": 1.6, "k_center": 0.6, "stabilize": 0.6}
 LAYER_SECONDS = 0.4e-3  # overhead of one layer in one decoding step of torch on a CPU
 IMPORT_SECONDS = 6.0  # torch and transformers, once per run
+# Matrix product of one core: 88 GFLOP/s measured with AVX-512 (server, 2.6 GHz), the others by width and clock.
+CORE_FLOPS = {"avx512f": 80e9, "avx2": 45e9, "avx": 20e9, "asimd": 20e9}
+SLOW_CORE_FLOPS = 8e9
 ADAM_BYTES = 16  # per parameter in training: weights, gradient and two moments in fp32
 
 
@@ -69,18 +73,14 @@ class _State:
         return parameter_count(self.config)
 
 
-def machine_flops() -> float:
-    """Operations per second of a float32 matrix product on this machine, measured in a few milliseconds."""
-    import numpy as np  # 0.1 s: only a plan needs it
+def machine_flops(device: Mapping[str, Any]) -> float:
+    """Operations per second of a float32 matrix product on ``device``, by its instruction set and threads.
 
-    size = 512
-    left = np.ones((size, size), dtype=np.float32)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        left @ left
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    Not measured: beside other work a measurement would be off by more than this is.
+    """
+    found = set(device["instruction_sets"])
+    per_core = next((rate for name, rate in CORE_FLOPS.items() if name in found), SLOW_CORE_FLOPS)
+    return per_core * int(device["threads"])
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -97,7 +97,7 @@ def estimate(plan: Plan) -> Estimate:
         result.seconds = [None] * len(plan.nodes)
         return result
     check_config(config, where=f"{spec}: config.json")
-    walk = _Walk(plan, config, machine_flops())
+    walk = _Walk(plan, config, machine_flops(plan.facts.device))
     result.seconds = [walk.seconds(node) for node in plan.nodes]
     _figures(walk, plan, result)
     return result
@@ -166,12 +166,17 @@ class _Walk:
         self.states[node.key] = self.last = state
 
     def _data(self, node: Node) -> float:
-        values = node.params.model_dump()
-        if not node.stage.wants_teacher:
-            return 0.3 + self.rows / 20_000
-        if "draws" in values:  # invented rows: about ten draws for each that is kept, at worst
+        """Time of a data stage; also how many rows it leaves, where its parameters say so."""
+        values, before = node.params.model_dump(), self._tokens()
+        if "draws" in values:  # invented rows: about three draws for each that is kept
+            self.rows += values["rows"]
             return self.generating(self.teacher, 3 * values["rows"], values["max_user_tokens"])
-        return 0.5 + 2 * self.forward(self.teacher.parameters, self._tokens())
+        if node.stage.stage == "data.condensation":
+            self.rows = min(self.rows, values.get("rows") or self.rows * values.get("share", 1.0))
+        elif node.stage.stage == "data.selection":
+            self.rows *= values.get("keep", 1.0) if isinstance(values.get("keep"), float) else 1.0
+        scans = TEACHER_SCANS.get(node.stage.method, 0.0) if values.get("embedding") != "hashed" else 0.0
+        return 0.3 + self.rows / 20_000 + scans * self.forward(self.teacher.parameters, before)
 
     def _distillation(self, node: Node) -> float:
         params: Any = node.params
