@@ -141,6 +141,7 @@ class _Walk:
 
     def generating(self, state: _State, rows: float, new_tokens: float) -> float:
         """Seconds of greedy answers to ``rows`` prompts, 32 at a time."""
+        new_tokens = new_tokens / 2  # answers end before the limit
         steps = -(-rows // 32) * new_tokens
         return float(steps * int(state.config["num_hidden_layers"]) * LAYER_SECONDS) + self.forward(
             state.parameters, rows * new_tokens
