@@ -26,7 +26,7 @@ class GenaiRunner:
         ModelError: the bundle is damaged or the runtime cannot open it.
     """
 
-    def __init__(self, folder: Path, *, threads: int, batch_size: int = 16, verify: bool = True) -> None:
+    def __init__(self, folder: Path, *, threads: int, batch_size: int = 32, verify: bool = True) -> None:
         if verify:
             open_bundle(folder).need("onnx")
         config_file = folder / "genai_config.json"
