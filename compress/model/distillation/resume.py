@@ -7,6 +7,7 @@ Knows nothing of training.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -69,3 +70,14 @@ def write_json(path: Path, value: object) -> None:
         temporary.replace(path)
     except OSError as error:
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_digest(value: object) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from compress.errors import ModelError
-from compress.identities import digest_of
 from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, encode, shards
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.distillation.resume import value_digest
 from compress.model.layers import output_head
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def cache_header(tokenizer: Any, *, teacher: str, vocab: int, top_k: int, temper
     """Header of the cache of the teacher with identity ``teacher``, for rows made with ``tokenizer``."""
     return CacheHeader(
         teacher=teacher,
-        tokenizer=digest_of(tokenizer.get_vocab()),
-        template=digest_of(tokenizer.chat_template),
+        tokenizer=value_digest(tokenizer.get_vocab()),
+        template=value_digest(tokenizer.chat_template),
         vocab=vocab,
         top_k=min(top_k, vocab),
         temperature=temperature,

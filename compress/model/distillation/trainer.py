@@ -166,7 +166,11 @@ class _Run:
         self.training, self.held = training, held
         self.order = BatchOrder(table.lengths, training, batch_tokens=settings.batch_tokens, seed=settings.seed)
         self.total = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
-        self.named = dict(student.named_parameters())
+        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise ModelError(
+                ctx.name, "no weight of the student is trainable", do="Call student.requires_grad_() first"
+            )
         self.checkpoint_path = ctx.work / f"{name}.checkpoint.safetensors"
         self.best_path = ctx.work / f"{name}.best.safetensors"
         self.fingerprint = self._fingerprint(vocab)

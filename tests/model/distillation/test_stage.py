@@ -85,9 +85,8 @@ def test_default_student_has_half_the_parameters(ready):
     assert result.metrics["parameters"] == pytest.approx(result.metrics["parameters_teacher"] / 2, rel=0.15)
 
 
-@pytest.mark.parametrize("init", ["teacher_layers", "scratch"])
-def test_same_inputs_give_the_same_bytes_and_another_seed_others(ready, init):
-    params = LogitsParams(**QUICK, init=init, layers=1)
+def test_same_inputs_give_the_same_bytes_and_another_seed_others(ready):
+    params = LogitsParams(**QUICK, init="scratch", layers=1)
     made = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         ctx = ready(name, seed=seed)
