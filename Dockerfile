@@ -15,7 +15,7 @@ RUN make setup
 FROM python:3.11.11-slim-bookworm
 RUN useradd --create-home --uid 10001 edgestill
 COPY --from=build --chown=edgestill:edgestill /edgestill /edgestill
-USER edgestill
+USER 10001
 WORKDIR /home/edgestill
 ENV PATH=/edgestill/.venv/bin:$PATH
 ENTRYPOINT ["edgestill"]

@@ -92,6 +92,10 @@ def estimate(plan: Plan) -> Estimate:
     result = Estimate()
     spec = plan.profile.teacher
     config = hub.config_at_hand(spec) if spec is not None else None
+    stand_in = plan.profile.teacher_config
+    if config is None and stand_in is not None:
+        config = hub.read_config(Path(stand_in))
+        result.notes.append(f"The teacher {spec} is not on this machine: foretold from {Path(stand_in).name}.")
     if config is None:
         result.notes.append(f"Nothing can be foretold: the config of the teacher {spec} is not on this machine.")
         result.seconds = [None] * len(plan.nodes)

@@ -51,7 +51,15 @@ def config_at_hand(spec: str) -> dict[str, Any] | None:
     folder = local_folder(spec)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    path = folder / "config.json"
+    return read_config(folder / "config.json")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A ``config.json``.
+
+    Raises:
+        ModelError: it cannot be read or is not a JSON object.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

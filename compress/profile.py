@@ -84,6 +84,9 @@ class _Head(Params):
     description: str = Field("", description="what it is for, in a sentence or two")
     seed: int = Field(0, ge=0, lt=2**32, description="the only source of randomness")
     teacher: str | None = Field(None, description="model folder, hub name or endpoint")
+    teacher_config: str | None = Field(
+        None, description="a config.json like the teacher's, so that plan can foretell before a hub model is fetched"
+    )
     data: DataSources = Field(
         default_factory=lambda: DataSources.model_validate({}),
         description="rows; a bare path is a file or folder of them",
@@ -285,7 +288,7 @@ def _place_paths(
 
     ``only`` restricts this to what an override has just set.
     """
-    for path in (("teacher",), ("data",), *(("data", role) for role in ROLES), ("target",)):
+    for path in (("teacher",), ("teacher_config",), ("data",), *(("data", role) for role in ROLES), ("target",)):
         if only is not None and not any(path[: len(changed)] == changed for changed in only):
             continue
         holder = document.value if len(path) == 1 else document.value.get("data")
