@@ -37,7 +37,7 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
         **params.model_dump(),
     }
     environment = os.environ | {"OMP_NUM_THREADS": str(ctx.threads), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(  # noqa: S603 - our own module
+    done = subprocess.run(
         [sys.executable, "-m", "compress.checkpoint_bench"],
         input=json.dumps(request),
         capture_output=True,
