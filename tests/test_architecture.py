@@ -20,7 +20,9 @@ ALLOWED = {
         "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.shapes",
         "compress.yaml_reader", "compress.encoding",
     ),
-    "compress.data": ("compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.execution"),
+    "compress.data": (
+        "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",
+    ),
     "compress.model": ("compress.model", *SHARED, "compress.encoding", "compress.teachers"),
     "compress.errors": (),
     "compress.context": ("compress.progress", "compress.teachers"),
