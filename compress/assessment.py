@@ -99,9 +99,10 @@ def torch_runtime(folder: Path, threads: int) -> Runtime:
     """A checkpoint as a runtime on ``threads`` threads."""
     import torch  # the bundle's evaluation needs it only for agreement
 
-    from compress.model.checkpoint import load_model
+    from compress.model.checkpoint import check_tokenizer, load_model
     from compress.model.runtime import TorchRuntime
 
+    check_tokenizer(folder, _config(folder))  # an id outside the vocabulary would end in the middle of the rows
     torch.set_num_threads(threads)
     return TorchRuntime(load_model(folder))
 

@@ -9,6 +9,12 @@ from pydantic import Field, model_validator
 from compress.context import Params
 
 Task = Literal["function_call", "perplexity", "agreement"]
+METRICS: dict[Task, tuple[str, ...]] = {  # what each task measures
+    "function_call": ("exact_match", "function_accuracy", "argument_f1", "valid_json"),
+    "perplexity": ("perplexity", "nll"),
+    "agreement": ("kl", "top1_agreement"),
+}
+SIZES = ("parameters", "bundle_bytes")  # known without a task
 DEFAULT_TASKS: tuple[Task, ...] = ("perplexity", "agreement")
 Comparison = Literal["min", "max", "max_drop", "max_rise", "min_ratio", "max_ratio"]
 

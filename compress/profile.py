@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.assessment_params import METRICS, SIZES
 from compress.context import Params
 from compress.errors import ProfileError
 from compress.ingestion_params import SourceParams
@@ -188,6 +189,8 @@ def _validated(document: Document, path: Path, table: Sequence[Stage]) -> Profil
     head = check(_Head, document, (), {key: values[key] for key in values if key not in later}, names=KEYS)
     steps = _steps(document, table)
     sections: dict[str, Any] = {name: _section(document, name, table) for name in SECTIONS}
+    if head is not None and not document.problems:
+        _check_metrics(document, sections["gate"])
     if head is None or document.problems:
         return None
     gate = [{name: value for name, value in limit.items() if value is not None} for limit in sections.pop("gate")]
@@ -254,6 +257,17 @@ def _section(document: Document, name: str, table: Sequence[Stage]) -> Any:
     if params is None:
         return None
     return params.model_dump()["limits"] if is_gate else params.model_dump()
+
+
+def _check_metrics(document: Document, limits: Sequence[dict[str, Any]]) -> None:
+    """Complain of metrics that nothing measures: said now, not by the gate at the end of the run."""
+    known = [*(name for names in METRICS.values() for name in names), *SIZES]
+    for index, limit in enumerate(limits):
+        name = limit["metric"]
+        if name not in known:
+            document.complain(
+                ("gate", index, "metric"), f"got {name!r}", "one of " + ", ".join(known), nearest(name, known)
+            )
 
 
 def stage_params(

@@ -235,8 +235,9 @@ class LocalTeacher:
         """The torch model, opened and checked on first use."""
         import torch
 
-        from compress.model.checkpoint import load_model
+        from compress.model.checkpoint import check_tokenizer, load_model, read_config
 
+        check_tokenizer(self._folder, read_config(self._folder))
         torch.set_num_threads(self.threads)
         model = load_model(self._folder)
         return model.to("cuda") if torch.cuda.is_available() else model
