@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jinja2.exceptions import TemplateError
 
@@ -45,6 +45,12 @@ class TokenRow:
     def prompt(self) -> tuple[int, ...]:
         """The tokens before the first target."""
         return self.ids[: self.answer.index(1)] if 1 in self.answer else self.ids
+
+    def learning(self, which: Literal["answer", "all"]) -> TokenRow:
+        """The row as training takes it: ``all`` makes every token but the first a target, user turns included."""
+        if which == "answer" or not self.ids:
+            return self
+        return replace(self, answer=(0,) + (1,) * (len(self.ids) - 1))
 
     @property
     def targets(self) -> int:

@@ -204,3 +204,10 @@ def test_importing_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_learning_all_tokens_keeps_the_row_and_makes_every_token_but_the_first_a_target():
+    row = TokenRow("a", (1, 5, 6, 7), (0, 0, 1, 1))
+    assert row.learning("answer") is row
+    assert row.learning("all") == TokenRow("a", (1, 5, 6, 7), (0, 1, 1, 1))
+    assert TokenRow("b", (), ()).learning("all").answer == ()

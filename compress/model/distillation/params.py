@@ -52,6 +52,11 @@ class LogitsParams(Params):
     )
 
     kd_weight: float = Field(0.5, ge=0, le=1, description="share of the KL to the teacher; 0 learns the labels alone")
+    learn: Literal["answer", "all"] = Field(
+        "answer",
+        description="which tokens are targets: the answers, or all tokens, the user's turns included; a teacher that "
+        "was trained on user turns then says far more with every row",
+    )
     temperature: float = Field(1.0, gt=0, le=20, description="softens both sides of the KL")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over the vocabulary")
     targets: Literal["cache", "online"] = Field(

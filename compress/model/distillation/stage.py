@@ -60,6 +60,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         check_folder(start)
     tokenizer = load_tokenizer(folder)
     rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=params.max_tokens, truncate=params.truncate)
+    rows = [row.learning(params.learn) for row in rows]
     with threads(ctx.threads):
         teacher = load_model(folder)
         student, notes = start_student(teacher, rows, params, checkpoint=start, seed=ctx.seed, where=ctx.name)

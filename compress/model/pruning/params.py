@@ -28,6 +28,9 @@ class RecoveryParams(Params):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="number format of the training; auto: bf16 where it is measured faster"
     )
+    learn: Literal["answer", "all"] = Field(
+        default="answer", description="which tokens are targets: the answers, or all tokens, user turns included"
+    )
     target: Literal["teacher", "unpruned"] = Field(
         default="teacher", description="whose logits: the profile's teacher, or the model as it was before pruning"
     )

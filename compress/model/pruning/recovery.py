@@ -44,6 +44,7 @@ def recover(
     Killed and called again with the same student and ``ctx.work`` it goes on. Raises as `trainer.train` does.
     """
     folder, notes = target_folder(params, ctx, unpruned)
+    rows = [row.learning(params.learn) for row in rows]
     vocab = max(load_tokenizer(unpruned).get_vocab().values()) + 1
     target_fn = None
     if params.kd_weight > 0:
