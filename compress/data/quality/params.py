@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 from compress.context import Params
 
 
+def check_weights(mix: str, weights: dict[str, float]) -> None:
+    """Raise ValueError unless ``weights`` is given exactly with ``mix: weights`` and holds usable shares."""
+    if (mix == "weights") != bool(weights):
+        raise ValueError("weights and mix: weights go together: set both or neither")
+    if any(weight < 0 for weight in weights.values()) or (weights and not sum(weights.values()) > 0):
+        raise ValueError("weights must be 0 or more, and one of them above 0")
+
+
 class MislabelParams(Params):
     """Rows whose answer the teacher contradicts (after RobustFT and CLEAR)."""
 
@@ -87,10 +95,7 @@ class StabilizeParams(Params):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
-        if (self.mix == "weights") != bool(self.weights):
-            raise ValueError("weights and mix: weights go together: set both or neither")
-        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not sum(self.weights.values()) > 0):
-            raise ValueError("weights must be 0 or more, and one of them above 0")
+        check_weights(self.mix, self.weights)
         if (self.keep == "score") != bool(self.score):
             raise ValueError("score and keep: score go together: set both or neither")
         return self

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from compress.context import Params
+from compress.data.quality.params import check_weights
 
 
 class MagpieParams(Params):
@@ -47,10 +48,7 @@ class MagpieParams(Params):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
-        if (self.mix == "weights") != bool(self.weights):
-            raise ValueError("weights and mix: weights go together: set both or neither")
-        if any(weight < 0 for weight in self.weights.values()) or (self.weights and not sum(self.weights.values()) > 0):
-            raise ValueError("weights must be 0 or more, and one of them above 0")
+        check_weights(self.mix, self.weights)
         if self.mix != "free" and self.answer_format != "json":
             raise ValueError(f"mix: {self.mix} goes by the function in the answer and needs answer_format: json")
         return self
