@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from compress.encoding import TokenRow
 from compress.errors import DataError
+from compress.model.distillation.forward import kept_states
 from compress.progress import Bar
 from compress.teachers import Generation, TokenScores
 
@@ -99,12 +100,11 @@ def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[Token
     if not sum(counts):
         return [TokenScores.empty() for _ in rows]
     ids = right_padded([row.ids for row in rows], model.device)
-    base: Any = model.base_model
-    hidden = base(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, H)
     row = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(model.device)
     column = torch.from_numpy(np.concatenate(places)).to(model.device)
     given = ids[row, column]  # (N,)
-    picked = hidden[row, column - 1]  # (N, H): what predicts the token at ``column``
+    before = row * (ids.shape[1] - 1) + column - 1  # the place in the flattened (B, T - 1) that predicts the token
+    picked = kept_states(model, ids[:, :-1], before)  # (N, H)
     parts = [_head_scores(model, picked[cut], given[cut]) for cut in _slices(len(picked), model)]
     logprob, best, argmax = (np.concatenate([part[k] for part in parts]) for k in range(3))
     ends = np.cumsum(counts)[:-1]

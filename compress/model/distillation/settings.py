@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from compress.model.distillation.losses import LossWeights
+from compress.model.distillation.optimizers import OptimizerName
 
 Precision = Literal["auto", "fp32", "bf16"]
 _FASTER = 1.3  # bf16 must win by this factor: the measured gap is about two or none, so that noise never decides
@@ -33,7 +34,8 @@ class TrainSettings:
         accumulate: parts into which a step is cut to save memory; changes nothing but rounding.
         learning_rate: peak, reached after ``warmup_ratio`` of the steps, then a cosine down to
             ``final_lr_ratio`` of it.
-        weight_decay: AdamW's, on matrices only.
+        optimizer: ``muon`` (matrices by Muon, the rest by AdamW) or ``adamw``.
+        weight_decay: decoupled, on matrices only.
         betas: AdamW's.
         grad_clip: largest norm of the gradient.
         average_decay: per-step decay of an exponential average of the weights, which is then what is validated
@@ -55,6 +57,7 @@ class TrainSettings:
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05
     final_lr_ratio: float = 0.02
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0

@@ -93,6 +93,7 @@ def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSetti
         learning_rate=params.learning_rate,
         warmup_ratio=params.warmup_ratio,
         final_lr_ratio=params.final_lr_ratio,
+        optimizer=params.optimizer,
         weight_decay=params.weight_decay,
         grad_clip=params.grad_clip,
         average_decay=params.average_decay,

@@ -79,6 +79,7 @@ def settings(params: RecoveryParams, steps: int, seed: int) -> TrainSettings:
         batch_tokens=params.batch_tokens,
         learning_rate=params.learning_rate,
         warmup_ratio=params.warmup_ratio,
+        optimizer=params.optimizer,
         weight_decay=params.weight_decay,
         precision=params.precision,
         seed=seed,
