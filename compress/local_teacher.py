@@ -77,9 +77,14 @@ def _check_lengths(rows: Sequence[TokenRow], limit: int) -> None:
 
 @torch.inference_mode()
 def score_rows(
-    model: PreTrainedModel, rows: Sequence[TokenRow], *, bar: Bar | None = None, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    bar: Bar | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    dtype: torch.dtype = torch.float32,
 ) -> list[TokenScores]:
-    """One `TokenScores` per row, in their order; empty arrays for a row without a target.
+    """One `TokenScores` per row, in their order; empty arrays for a row without a target. ``dtype``: of the products.
 
     Raises:
         DataError: a row is empty, longer than the model's context, or has its first token as a target.
@@ -87,14 +92,14 @@ def score_rows(
     _check_lengths(rows, context_size(model))
     results: list[TokenScores | None] = [None] * len(rows)
     for batch in length_batches([len(row.ids) for row in rows], batch_tokens):
-        for index, scores in zip(batch, _score_batch(model, [rows[i] for i in batch]), strict=True):
+        for index, scores in zip(batch, _score_batch(model, [rows[i] for i in batch], dtype), strict=True):
             results[index] = scores
         if bar is not None:
             bar.advance(len(batch))
     return [scores for scores in results if scores is not None]
 
 
-def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[TokenScores]:
+def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow], dtype: torch.dtype) -> list[TokenScores]:
     places = [np.flatnonzero(np.asarray(row.answer)) for row in rows]  # positions of targets, per row
     counts = [len(place) for place in places]
     if not sum(counts):
@@ -104,7 +109,7 @@ def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[Token
     column = torch.from_numpy(np.concatenate(places)).to(model.device)
     given = ids[row, column]  # (N,)
     before = row * (ids.shape[1] - 1) + column - 1  # the place in the flattened (B, T - 1) that predicts the token
-    picked = kept_states(model, ids[:, :-1], before)  # (N, H)
+    picked = kept_states(model, ids[:, :-1], before, dtype=dtype)  # (N, H)
     parts = [_head_scores(model, picked[cut], given[cut]) for cut in _slices(len(picked), model)]
     logprob, best, argmax = (np.concatenate([part[k] for part in parts]) for k in range(3))
     ends = np.cumsum(counts)[:-1]
