@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress.version import __version__
+
 if TYPE_CHECKING:
     from compress.pipeline import run as run
     from compress.profile import load_profile as load_profile
 
-__all__ = ["load_profile", "run"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load_profile", "run"]
 
 
 def __getattr__(name: str) -> Any:
