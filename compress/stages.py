@@ -177,6 +177,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
+        version=2,
         reads=("model",),
         optional=("data",),
         writes="bundle",
