@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress import interrupts
 from compress.errors import EdgestillError, GateFailed, UserError
 
 if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.store import Store
-
-INTERRUPTED = 130
 
 
 def debugging() -> bool:
@@ -45,7 +44,7 @@ def exit_codes() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from where it stood")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(interrupts.INTERRUPTED) from None
     except EdgestillError as error:
         if debugging():
             raise
@@ -72,6 +71,7 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         with exit_codes():
+            interrupts.hand_over()
             return super().invoke(ctx)
 
 
