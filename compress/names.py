@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # The hub's own rule: letters, digits, "-", "_" and "."; an owner does not begin with a dot, which would be a path.
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)", re.ASCII)
+# A revision (commit or tag) may follow; who cannot take one says so.
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:@[\w.-]+)?", re.ASCII)
 # Endings of files that users name; a hub name may hold dots (Qwen/Qwen2.5-0.5B), but it does not end like a file.
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".text", ".yaml", ".yml", ".safetensors")
 
@@ -30,12 +31,12 @@ def nearest(got: str, known: Iterable[str]) -> str:
 
 
 def is_hub_name(text: str, *starts: Path) -> bool:
-    """Whether ``text`` is a name such as ``owner/name`` on the Hugging Face hub, rather than a path.
+    """Whether ``text`` is a name such as ``owner/name[@revision]`` on the Hugging Face hub, rather than a path.
 
     ``starts`` are the folders where a relative path would begin: when one of them has a folder called like the
     owner, ``text`` is a misspelt path, and asking the hub for it would only take time.
     """
     match = _HUB_NAME.fullmatch(text)
-    if match is None or text.lower().endswith(FILE_ENDINGS):
+    if match is None or match[2].lower().endswith(FILE_ENDINGS):
         return False
     return not any((start / match[1]).exists() for start in starts)

@@ -10,7 +10,8 @@ from compress.names import closest, is_hub_name, nearest
 
 
 @pytest.mark.parametrize(
-    "text", ["owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B", "a-b_c/d.e_f", "o/v1.5"]
+    "text",
+    ["owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B", "a-b_c/d.e_f", "o/v1.5", "o/d@v1.0"],
 )
 def test_hub_names(text: str) -> None:
     assert is_hub_name(text)
@@ -34,6 +35,8 @@ def test_hub_names(text: str) -> None:
         "owner/text.txt",
         "http://host",
         "owner/na me",
+        "owner/name@",
+        "owner/pool.jsonl@v1",
         "öwner/name",
         "",
     ],
