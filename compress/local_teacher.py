@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from compress.answers import Generation, TokenScores
 from compress.encoding import TokenRow
 from compress.errors import DataError
 from compress.model.distillation.forward import kept_states
 from compress.progress import Bar
-from compress.teachers import Generation, TokenScores
 
 BATCH_TOKENS = 8192  # padded tokens of a scoring batch
 HEAD_ENTRIES = 1 << 24  # logits held at once: 64 MiB in fp32, whatever the vocabulary

@@ -8,13 +8,13 @@ nothing of profiles, keys or the store.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import ProfileError
+from compress.names import nearest
 
 if TYPE_CHECKING:
     from compress.context import Params, StageContext, StageResult
@@ -181,6 +181,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
+        version=2,
         reads=("model",),
         optional=("data",),
         writes="bundle",
@@ -263,7 +264,7 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
     known = methods(stage, table)
     if not known:
         stages = list(dict.fromkeys(line.stage for line in table))
-        raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), _nearest(stage, stages))
+        raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), nearest(stage, stages))
     if method is None:
         if len(known) > 1:
             raise ProfileError(f"{where}.{stage}", "no method given", "method: " + " | ".join(known))
@@ -272,13 +273,8 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
         if line.stage == stage and line.method == method:
             return line
     raise ProfileError(
-        f"{where}.{stage}.method", f"got {method!r}", "one of " + ", ".join(known), _nearest(method, known)
+        f"{where}.{stage}.method", f"got {method!r}", "one of " + ", ".join(known), nearest(method, known)
     )
-
-
-def _nearest(got: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(got, names, n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def _load(dotted: str) -> Any:
