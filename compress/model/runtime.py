@@ -21,7 +21,7 @@ from compress.errors import DataError
 class TorchRuntime:
     """Greedy decoding and logits of ``model`` on its own device, ``batch_size`` prompts at a time."""
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int | None = None, batch_size: int = 32) -> None:
+    def __init__(self, model: PreTrainedModel, *, pad_id: int | None = None, batch_size: int = 128) -> None:
         self.model = model.eval()
         config_pad = getattr(model.config, "pad_token_id", None)
         # Padded positions are masked out, so any valid id serves where the model names none.

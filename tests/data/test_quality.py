@@ -45,6 +45,7 @@ class Knowing:
     can: frozenset[str] = frozenset({"score", "answer", "embed"})
     calls: int = 0
     logprobs: bool = True
+    identity: str = "0" * 64
 
     def score(self, rows: Sequence[TokenRow], progress: Any = None) -> list[TokenScores]:
         self.calls += 1
