@@ -94,18 +94,24 @@ def compared(limit: Limit, seen: Measured) -> Interval | float | None:
         return seen.value if seen.interval is None else seen.interval
     if seen.teacher is None:
         return None
-    if limit.kind in ("max_drop", "max_rise"):
-        sign = -1.0 if limit.kind == "max_drop" else 1.0
-        if seen.difference is not None:
-            ends = sorted((sign * seen.difference.low, sign * seen.difference.high))
-            return Interval(sign * seen.difference.mean, ends[0], ends[1], seen.difference.rows)
-        return sign * (seen.value - seen.teacher) if seen.interval is None else None
-    top, bottom = (seen.teacher, seen.value) if limit.kind == "min_ratio" else (seen.value, seen.teacher)
+    return _difference(limit, seen) if limit.kind in ("max_drop", "max_rise") else _ratio(limit, seen)
+
+
+def _difference(limit: Limit, seen: Measured) -> Interval | float | None:
+    sign = -1.0 if limit.kind == "max_drop" else 1.0
+    if seen.difference is not None:
+        ends = sorted((sign * seen.difference.low, sign * seen.difference.high))
+        return Interval(sign * seen.difference.mean, ends[0], ends[1], seen.difference.rows)
+    return sign * (seen.value - seen.teacher) if seen.interval is None and seen.teacher is not None else None
+
+
+def _ratio(limit: Limit, seen: Measured) -> Interval | float | None:
     if seen.ratio is not None:
         if limit.kind == "max_ratio":
             return seen.ratio
         return turned(seen.ratio) if seen.ratio.low > 0 else None
-    return top / bottom if seen.interval is None and bottom != 0 else None
+    top, bottom = (seen.teacher, seen.value) if limit.kind == "min_ratio" else (seen.value, seen.teacher)
+    return top / bottom if seen.interval is None and top is not None and bottom else None
 
 
 def judge_one(limit: Limit, measured: Mapping[str, Measured]) -> LimitResult:
