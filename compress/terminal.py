@@ -106,7 +106,8 @@ def show_run(record: RunRecord, out: Console) -> None:
         for limit in gate["limits"]:
             mark = "[green]pass[/]" if limit["passed"] else "[red]FAIL[/]"
             out.print(f"  {mark}  {escape(limit['reason'])}")
-    colour = "red" if record["status"] in ("failed", "gate_failed") else "green"
+    failed = record["status"] in ("failed", "gate_failed")
+    colour = "red" if failed else "green" if gate is not None and gate["limits"] else "yellow"  # nothing was judged
     out.print(f"[{colour}]{escape(record['verdict'])}[/]")
     hits = sum(1 for stage in record["stages"] if stage["cached"])
     out.print(f"{len(record['stages'])} stages, {hits} from the store, {human_seconds(record['seconds'])}")

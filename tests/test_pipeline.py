@@ -275,8 +275,12 @@ def test_gate_that_says_no_is_recorded(profile_path: Path, tmp_path: Path) -> No
     assert limit["low"] is not None
     assert limit["high"] is not None
     assert limit["low"] < 0.25 < limit["high"]
-    for word in ("exact_match", "at most 0.02 below the teacher", "model.distillation.fake"):
-        assert word in record["verdict"]
+    assert limit["judged"] == limit["high"]
+    span = f"interval {limit['low']:.4g} to {limit['high']:.4g}, judged at its upper end {limit['high']:.4g}"
+    assert record["verdict"] == (
+        f"The gate failed on exact_match: at most 0.02 below the teacher, measured 0.25 ({span}), from 0.75 against "
+        "the teacher's 1. The step that lost most is model.distillation.fake."
+    )
     assert record["bench"], "the benchmarks run even so"
 
 
@@ -285,6 +289,12 @@ def test_metric_that_was_not_measured_fails_the_gate(profile_path: Path, tmp_pat
     assert record["status"] == "gate_failed"
     assert record["gate"] is not None
     assert "was not measured" in record["gate"]["limits"][0]["reason"]
+
+
+def test_exact_limit_that_fails_is_told_without_an_interval(profile_path: Path, tmp_path: Path) -> None:
+    record = go(profile_path, Store(tmp_path / "store"), "gate=[{metric: parameters, min_ratio: 7}]")
+    told = "parameters: at least 7 times smaller than the teacher, measured 6, from 100 against the teacher's 600. "
+    assert record["verdict"].startswith(f"The gate failed on {told}")
 
 
 @pytest.mark.parametrize(
