@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.errors import ModelError, TargetError
+from compress.errors import ModelError, ProfileError, TargetError
 from compress.estimates import Estimate, estimate
 from compress.model.shapes import parameter_count
 from compress.plans import Plan, plan
@@ -140,6 +140,24 @@ def test_plan_refuses_a_misfit_with_2_and_runs_nothing(tmp_path: Path) -> None:
         assert "edgestill: error: target watch: the bundle needs about" in done.stderr
         assert "Traceback" not in done.stderr
     assert not store.exists()
+
+
+def test_mix_towards_reference_rows_that_are_not_there(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    with pytest.raises(
+        ProfileError, match=r"steps\[0\]\.data\.quality\.mix: got reference, but the profile names no ref"
+    ):
+        planned(path, "steps=[{data.quality: {method: stabilize}}]")
+    planned(path, "steps=[{data.quality: {method: stabilize, mix: uniform}}]")
+
+
+def test_distillation_goes_on_from_plain_weights_only(tmp_path: Path) -> None:
+    steps = "steps=[{model.quantization: {method: rtn}}, {model.distillation: {init: INIT}}]"
+    planned(folder(tmp_path), steps.replace("INIT", "teacher_layers"))
+    with pytest.raises(
+        ProfileError, match=r"steps\[1\]\.model\.distillation: it stands after model\.quantization\.rtn"
+    ):
+        planned(tmp_path / "estimated.yaml", steps.replace("INIT", "checkpoint"))
 
 
 def test_unsupported_architecture_names_the_supported(tmp_path: Path) -> None:

@@ -284,13 +284,6 @@ def test_gate_that_says_no_is_recorded(profile_path: Path, tmp_path: Path) -> No
     assert record["bench"], "the benchmarks run even so"
 
 
-def test_metric_that_was_not_measured_fails_the_gate(profile_path: Path, tmp_path: Path) -> None:
-    record = go(profile_path, Store(tmp_path / "store"), "gate=[{metric: perplexity, max: 9}]")
-    assert record["status"] == "gate_failed"
-    assert record["gate"] is not None
-    assert "was not measured" in record["gate"]["limits"][0]["reason"]
-
-
 def test_exact_limit_that_fails_is_told_without_an_interval(profile_path: Path, tmp_path: Path) -> None:
     record = go(profile_path, Store(tmp_path / "store"), "gate=[{metric: parameters, min_ratio: 7}]")
     told = "parameters: at least 7 times smaller than the teacher, measured 6, from 100 against the teacher's 600. "
@@ -312,6 +305,36 @@ def test_exact_limit_that_fails_is_told_without_an_interval(profile_path: Path, 
 def test_until_stops_after_the_step(profile_path: Path, tmp_path: Path, until: str, last: str) -> None:
     nodes = planned(profile_path, Store(tmp_path / "store"), until=until).nodes
     assert nodes[-1].name == last
+
+
+@pytest.mark.parametrize("until", ["", " ", "None"])
+def test_until_that_names_nothing(profile_path: Path, tmp_path: Path, until: str) -> None:
+    with pytest.raises(ProfileError, match=rf"--until: no step is called '{until}'; expected one of data\.source"):
+        planned(profile_path, Store(tmp_path / "store"), until=until)
+
+
+@pytest.mark.parametrize("step", ["model.pruning: {text: p}", "model.quantization: {text: p}"])
+def test_codes_are_not_changed(profile_path: Path, tmp_path: Path, step: str) -> None:
+    steps = f"steps=[{{model.quantization: {{text: q}}}}, {{data.selection: {{method: first}}}}, {{{step}}}]"
+    told = rf"steps\[2\]\.{step.partition(':')[0]}: it stands after model\.quantization\.fake, steps\[0\]"
+    with pytest.raises(ProfileError, match=told + r".*expected plain weights\. Put it before steps\[0\]"):
+        planned(profile_path, Store(tmp_path / "store"), steps)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench.new_tokens=13", "bench: prompt_tokens 4 and new_tokens 13 make 17; expected at most 16 together, "
+         "the model's context"),
+        ("export.context_tokens=11", "prompt_tokens 4 and new_tokens 8 make 12; expected at most 11 together, "
+         "export.context_tokens"),
+    ],
+)  # fmt: skip
+def test_bench_beyond_the_context(profile_path: Path, tmp_path: Path, override: str, message: str) -> None:
+    (profile_path.parent / "teacher" / "config.json").write_text('{"max_position_embeddings": 16}')
+    planned(profile_path, Store(tmp_path / "store"), "bench.new_tokens=12")
+    with pytest.raises(ProfileError, match=message):
+        planned(profile_path, Store(tmp_path / "store"), override)
 
 
 def test_until_unknown_step(profile_path: Path, tmp_path: Path) -> None:
