@@ -226,7 +226,8 @@ def test_mistakes(write, old, new, message):
     ("gate", "overrides", "message"),
     [
         ("metric: perplexity, max: 9", [], r"p\.yaml:15: gate\[0\]\.metric: perplexity is not measured by this "
-         r"profile; expected one of exact_match, .*, parameters, bundle_bytes\. Add perplexity to evaluate\.tasks, or take"),
+         r"profile; expected one of exact_match, .*, parameters, bundle_bytes\. Add perplexity to "
+         r"evaluate\.tasks, or take"),
         ("metric: kl, max: 1", ["evaluate.tasks=[agreement]", "teacher=null"], r"gate\[0\]\.metric: kl is not "
          r"measured .*; expected one of parameters, bundle_bytes\. Name a teacher"),
         ("metric: kl, max_drop: 1", ["evaluate.tasks=[agreement]"], r"gate\[0\]\.max_drop: kl already compares with "
