@@ -119,8 +119,11 @@ def measured(what: str, record: RunRecord) -> float | None:
     rows = {row["subject"]: row for row in record["summary"]}
     peaks = [stage["peak_memory_bytes"] or 0 for stage in record["stages"]]
     times = [stage["seconds"] or 0.0 for stage in record["stages"]]
+    ran = [stage["seconds"] or 0.0 for stage in record["stages"] if not stage["cached"]]
+    whole = all(stage["state"] == "done" for stage in record["stages"])
     found: dict[str, float | None] = {
-        "time of all stages": sum(times) if all(stage["state"] == "done" for stage in record["stages"]) else None,
+        run_record.TIME_OF_ALL: sum(times) if whole else None,
+        run_record.TIME_TO_RUN: sum(ran) if whole else None,
         "peak memory of the run": max(peaks, default=0) or None,
         "teacher parameters": rows["teacher"]["parameters"] if "teacher" in rows else None,
         "student parameters": rows["student"]["parameters"] if "student" in rows else None,
