@@ -50,6 +50,8 @@ def plain_digest(path: Path) -> str:
 def source_identity(path: Path, file_digest: FileDigest) -> str:
     """Digest of a file of rows or of all files below a folder; a hub name (no such path) stands for itself.
 
+    What a hub name without ``@REVISION`` gives may change: its key does not follow.
+
     Raises:
         DataError: the path does not exist and does not look like a hub name, or is an empty folder.
     """
@@ -60,7 +62,8 @@ def source_identity(path: Path, file_digest: FileDigest) -> str:
         if not files:
             raise DataError(str(path), "an empty folder", "a file or folder of rows")
         return digest_of({"folder": {str(file.relative_to(path)): file_digest(file) for file in files}})
-    if not path.is_absolute() and len(path.parts) == 2 and not path.suffix:
+    ending = Path(path.name.partition("@")[0]).suffix[1:]
+    if not path.is_absolute() and len(path.parts) == 2 and (not ending or ending.isdigit()):  # rows, rows-v1.5
         return digest_of({"hub": path.as_posix()})
     raise DataError(str(path), "no such file or folder", do="Relative paths start at the profile's folder.")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.profile import Profile
     from compress.store import Store
 
+ROLES = {"pool": "data", "test": "test", "reference": "reference"}  # role in `data` -> slot that it fills
 FORMAT = 1  # of the key itself; raise it when what goes into a key changes
 
 
@@ -196,14 +197,22 @@ class _Builder:
     def sources(self) -> None:
         """Read pool, test and reference."""
         data = self.profile.data
-        values = {"format": data.format, "columns": dict(data.columns), "on_error": data.on_error}
-        for role, slot in (("pool", "data"), ("test", "test"), ("reference", "reference")):
+        values = {name: getattr(data, name) for name in type(data).model_fields if name not in ROLES}
+        for role, slot in ROLES.items():
             place = getattr(data, role)
             if place is None:
                 continue
             source = Outside(Path(place), identities.source_identity(Path(place), self.store.file_digest))
-            node = self.implied("data.source", "read", values, {"source": source}, where="data", of=f"of {role}")
+            node = self.implied("data.source", "read", values | self._split(role, place), {"source": source},
+                                where="data", of=f"of {role}")  # fmt: skip
             self.slots[slot] = self.roles[role] = node
+
+    def _split(self, role: str, place: str) -> dict[str, str]:
+        """The split of a role that the profile's ``data.split`` does not decide: test rows are never trained on."""
+        shared = self.profile.data.pool == self.profile.data.test
+        if role == "test" and (shared or not Path(place).exists()):
+            return {"split": "test"}
+        return {"split": "train"} if role == "pool" and shared and self.profile.data.split is None else {}
 
     def evaluate(self, method: str, slot: str, label: str) -> None:
         """Measure what fills ``slot``; skipped without test rows or without tasks."""

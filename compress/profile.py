@@ -47,7 +47,11 @@ STEP_SLOTS = ("data", "model")  # a step replaces one of these
 
 
 class DataSources(SourceParams):
-    """The user's rows: files, folders or hub names, and how they are read."""
+    """The user's rows: files, folders or hub names, and how they are read.
+
+    A hub name may pin a commit or tag, ``owner/name@revision``. Without one its artifacts are kept by the name alone:
+    what its owner changes later is not seen while they stand in the store. Test rows of the hub are its test split.
+    """
 
     pool: str | None = Field(None, description="rows to learn from")
     test: str | None = Field(None, description="rows that the result is judged on; never trained on")

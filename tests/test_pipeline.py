@@ -181,6 +181,18 @@ def test_changed_parameter_reruns_only_what_follows(
         assert node.name not in changed or follows or own
 
 
+def test_all_that_the_profile_says_of_reading_reaches_the_source(profile_path: Path, tmp_path: Path) -> None:
+    roles = planned(profile_path, Store(tmp_path / "store"), "data.separator='***'", "data.split=valid").roles
+    assert {(role, roles[role].params.separator, roles[role].params.split) for role in ("pool", "test")} == {
+        ("pool", "***", "valid"),
+        ("test", "***", "valid"),
+    }
+    rows = planned(profile_path, Store(tmp_path / "store"), "data.pool=a/rows", "data.test=a/rows").roles
+    assert [rows[role].params.split for role in ("pool", "test")] == ["train", "test"]
+    rows = planned(profile_path, Store(tmp_path / "store"), "data.test=a/rows@v1.0").roles
+    assert [rows[role].params.split for role in ("pool", "test")] == [None, "test"]
+
+
 def test_gate_change_reruns_the_gate_alone(profile_path: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     go(profile_path, store)
