@@ -228,6 +228,7 @@ STAGES: tuple[Stage, ...] = (
         "local",
         "deploy.params:BenchParams",
         "deploy.bench:bench",
+        version=2,
         reads=("bundle",),
         writes="bench",
         uses=("target", "device"),

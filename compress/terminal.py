@@ -131,6 +131,21 @@ def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str
         out.print(f"{estimate['what']}: {figure(estimate['estimated'], estimate['unit'])}")
 
 
+def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
+    """A bundle's figures on this machine beside the estimate for another one."""
+    name = foretold["target"]
+    table = Table("", "measured on this machine", f"estimate for {name}, not measured")
+    for what, unit in (("prefill", "tokens/s"), ("decode", "tokens/s")):
+        key = f"{what}_tokens_per_s"
+        table.add_row(f"{what} {unit}", rate(measured[key]), rate(foretold[key]))
+    first = "first_token_s"
+    table.add_row("first token", f"{measured[first] * 1000:.1f} ms", f"{foretold[first] * 1000:.1f} ms")
+    peak = "peak_memory_bytes"
+    usable = human_bytes(foretold["usable_memory_bytes"])
+    table.add_row("peak memory", human_bytes(measured[peak]), f"{human_bytes(foretold[peak])} of {usable} usable")
+    out.print(table)
+
+
 def figure(value: float | None, unit: str) -> str:
     """A value with its unit, in a form that a person reads."""
     if value is None:
