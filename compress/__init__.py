@@ -1,18 +1,20 @@
 """edgestill's core: a profile in, proven artifacts out. ``from compress import load_profile, run``.
 
-Importing this package loads neither torch nor pydantic; the two names load on first use.
+Importing this package loads neither torch nor pydantic, nor anything else; the two names load on first use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from compress.version import __version__
 
+TYPE_CHECKING = False  # typing's own takes as long to import as all else that the command does before Ctrl-C is safe
 if TYPE_CHECKING:
+    from typing import Any
+
     from compress.pipeline import run as run
     from compress.profile import load_profile as load_profile
 
-__all__ = ["load_profile", "run"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load_profile", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress import interrupts
 from compress.errors import EdgestillError, GateFailed, UserError
 
 if TYPE_CHECKING:
     from compress.progress import Progress
     from compress.store import Store
-
-INTERRUPTED = 130
 
 
 def debugging() -> bool:
@@ -45,7 +44,7 @@ def exit_codes() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from where it stood")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(interrupts.INTERRUPTED) from None
     except EdgestillError as error:
         if debugging():
             raise
@@ -72,6 +71,7 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         with exit_codes():
+            interrupts.hand_over()
             return super().invoke(ctx)
 
 
@@ -90,6 +90,10 @@ SetOption = Annotated[
 ]
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Folder of artifacts and runs; else $EDGESTILL_STORE, else .edgestill")
+]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEACHER", help="A model folder, hub name, http://HOST/v1#MODEL or recorded replies."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
@@ -183,12 +187,13 @@ def step(
     *,
     out: Annotated[Path, typer.Option("--out", help="Folder to write, or FILE.jsonl / FILE.parquet for rows.")],
     inputs: Annotated[
-        list[str] | None, typer.Option("--in", metavar="[SLOT=]PATH", help="Rows, a model folder, a bundle.")
+        list[str] | None,
+        typer.Option("--in", metavar="[SLOT=]PATH", help="Rows, a model folder, a bundle; evaluation.NAME=FOLDER."),
     ] = None,
     overrides: SetOption = None,
-    teacher: Annotated[Path | None, typer.Option(help="The teacher's folder, where the stage uses one.")] = None,
+    teacher: TeacherOption = None,
     target: Annotated[str | None, typer.Option(help="The device, where the stage uses one.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -200,7 +205,7 @@ def step(
         Request(
             stage=line,
             params=params,
-            inputs=parse_inputs(inputs or []),
+            inputs=parse_inputs(inputs or [], line),
             out=out,
             teacher=teacher,
             target=_target(target),
@@ -212,6 +217,8 @@ def step(
     _show_result(result.metrics, result.notes, as_json=as_json)
     if not as_json:
         print(f"wrote {out}")
+    if line.writes == "verdict" and not result.metrics["passed"]:
+        raise GateFailed("gate", "a limit is not kept", do=f"Each limit and what was measured: {out / 'verdict.json'}")
 
 
 def _target(name: str | None) -> Any:
@@ -305,7 +312,7 @@ def evaluate(
     *,
     data: Annotated[Path, typer.Option(help="Test rows.")],
     tasks: Annotated[str, typer.Option(help="Comma between: function_call, perplexity, agreement.")] = "perplexity",
-    teacher: Annotated[Path | None, typer.Option(help="The teacher's folder, for agreement.")] = None,
+    teacher: TeacherOption = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Use this many rows.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,

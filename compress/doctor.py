@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from compress.version import __version__
+
 CORE = (
     "torch",
     "transformers",
@@ -133,8 +135,6 @@ def version(package: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python, edgestill and the packages whose figures can change a result."""
-    from compress import __version__
-
     found = {"python": platform.python_version(), "edgestill": __version__}
     found.update({package: installed for package in CORE if (installed := version(package))})
     return found

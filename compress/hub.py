@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ModelError
+from compress.names import is_hub_name
 
-
-def is_hub_name(spec: str) -> bool:
-    """Whether ``spec`` looks like ``owner/name``."""
-    path = Path(spec)
-    return not path.is_absolute() and len(path.parts) == 2 and path.parts[0] not in (".", "..") and "://" not in spec
+__all__ = ["config_at_hand", "has_weights", "is_hub_name", "local_folder", "read_config"]
 
 
 def _cached(spec: str) -> Path | None:

@@ -14,23 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import DataError, ModelError
+from compress.files import TOKENIZER_FILES
+from compress.names import is_hub_name
 
 FileDigest = Callable[[Path], str]
 
-# What decides how a model reads and writes text; chat_template.jinja may stand alone or inside tokenizer_config.json.
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.model",
-    }
-)
 # A model's README or training log is no part of what it computes.
 MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
 
@@ -39,12 +27,6 @@ def digest_of(value: Any) -> str:
     """SHA-256 of the canonical JSON of ``value``: blind to the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def plain_digest(path: Path) -> str:
-    """SHA-256 of a file, read anew each time."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def source_identity(path: Path, file_digest: FileDigest) -> str:
@@ -62,10 +44,10 @@ def source_identity(path: Path, file_digest: FileDigest) -> str:
         if not files:
             raise DataError(str(path), "an empty folder", "a file or folder of rows")
         return digest_of({"folder": {str(file.relative_to(path)): file_digest(file) for file in files}})
-    ending = Path(path.name.partition("@")[0]).suffix[1:]
-    if not path.is_absolute() and len(path.parts) == 2 and (not ending or ending.isdigit()):  # rows, rows-v1.5
+    if is_hub_name(path.as_posix()):
         return digest_of({"hub": path.as_posix()})
-    raise DataError(str(path), "no such file or folder", do="Relative paths start at the profile's folder.")
+    do = "Relative paths start at the profile's folder, those of --set at the current folder as well."
+    raise DataError(str(path), "no such file or folder", do=do)
 
 
 def model_identity(folder: Path, file_digest: FileDigest) -> str:

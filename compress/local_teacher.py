@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from compress.answers import Generation, TokenScores
 from compress.encoding import TokenRow
 from compress.errors import DataError
+from compress.model.distillation.forward import kept_states
 from compress.progress import Bar
-from compress.teachers import Generation, TokenScores
 
 BATCH_TOKENS = 8192  # padded tokens of a scoring batch
 HEAD_ENTRIES = 1 << 24  # logits held at once: 64 MiB in fp32, whatever the vocabulary
@@ -76,9 +77,14 @@ def _check_lengths(rows: Sequence[TokenRow], limit: int) -> None:
 
 @torch.inference_mode()
 def score_rows(
-    model: PreTrainedModel, rows: Sequence[TokenRow], *, bar: Bar | None = None, batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    bar: Bar | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    dtype: torch.dtype = torch.float32,
 ) -> list[TokenScores]:
-    """One `TokenScores` per row, in their order; empty arrays for a row without a target.
+    """One `TokenScores` per row, in their order; empty arrays for a row without a target. ``dtype``: of the products.
 
     Raises:
         DataError: a row is empty, longer than the model's context, or has its first token as a target.
@@ -86,25 +92,24 @@ def score_rows(
     _check_lengths(rows, context_size(model))
     results: list[TokenScores | None] = [None] * len(rows)
     for batch in length_batches([len(row.ids) for row in rows], batch_tokens):
-        for index, scores in zip(batch, _score_batch(model, [rows[i] for i in batch]), strict=True):
+        for index, scores in zip(batch, _score_batch(model, [rows[i] for i in batch], dtype), strict=True):
             results[index] = scores
         if bar is not None:
             bar.advance(len(batch))
     return [scores for scores in results if scores is not None]
 
 
-def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[TokenScores]:
+def _score_batch(model: PreTrainedModel, rows: Sequence[TokenRow], dtype: torch.dtype) -> list[TokenScores]:
     places = [np.flatnonzero(np.asarray(row.answer)) for row in rows]  # positions of targets, per row
     counts = [len(place) for place in places]
     if not sum(counts):
         return [TokenScores.empty() for _ in rows]
     ids = right_padded([row.ids for row in rows], model.device)
-    base: Any = model.base_model
-    hidden = base(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, H)
     row = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(model.device)
     column = torch.from_numpy(np.concatenate(places)).to(model.device)
     given = ids[row, column]  # (N,)
-    picked = hidden[row, column - 1]  # (N, H): what predicts the token at ``column``
+    before = row * (ids.shape[1] - 1) + column - 1  # the place in the flattened (B, T - 1) that predicts the token
+    picked = kept_states(model, ids[:, :-1], before, dtype=dtype)  # (N, H)
     parts = [_head_scores(model, picked[cut], given[cut]) for cut in _slices(len(picked), model)]
     logprob, best, argmax = (np.concatenate([part[k] for part in parts]) for k in range(3))
     ends = np.cumsum(counts)[:-1]

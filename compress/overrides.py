@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ProfileError
-from compress.validation import nearest, shown
+from compress.names import nearest
+from compress.validation import shown
 from compress.yaml_reader import Document, KeyPath, Problem, dotted, read_yaml
 
 _KEY = re.compile(r"[^.\[\]=\s]+(\.[^.\[\]=\s]+|\[[^\[\]=\s]+\])*")

@@ -21,9 +21,10 @@ from compress.assessment_params import METRICS, SIZES, LimitParams, unjudgeable
 from compress.context import Params
 from compress.errors import ProfileError
 from compress.ingestion_params import SourceParams
+from compress.names import is_hub_name, nearest
 from compress.overrides import apply
 from compress.stages import STAGES, Stage, find, params_model
-from compress.validation import check, nearest, shown
+from compress.validation import check, shown
 from compress.yaml_reader import Document, KeyPath, raise_problems, read_yaml_file
 
 SUFFIXES = (".yaml", ".yml")
@@ -345,14 +346,11 @@ def _absolute(text: str, folder: Path, otherwise: Path | None) -> str:
     path = Path(text).expanduser()
     if path.is_absolute() or "://" in text:
         return str(path) if "://" not in text else text
-    for base in (folder, otherwise):
-        if base is not None and (base / path).exists():
+    bases = [base for base in (folder, otherwise) if base is not None]
+    for base in bases:
+        if (base / path).exists():
             return os.path.abspath(base / path)
-    return text if _is_hub_name(path) else os.path.abspath((otherwise or folder) / path)
-
-
-def _is_hub_name(path: Path) -> bool:
-    return len(path.parts) == 2 and path.parts[0] not in (".", "..") and path.suffix not in ROW_SUFFIXES | {".json"}
+    return text if is_hub_name(text, *bases) else os.path.abspath((otherwise or folder) / path)
 
 
 def _expand_data(document: Document, before: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Runs one stage alone, outside of the store: from the user's files to a folder or file that the user named.
 
 `run_stage` serves ``edgestill step``, ``export``, ``bench`` and ``eval``. Inputs may be files of rows, artifact
-folders, model folders or bundles. The output is written beside its place and moved there when it is whole; what a
-long stage checkpointed is kept beside it under a name that holds the digest of all inputs and parameters, so that
-the same command goes on after a kill and another one does not take it up. Knows no stage by name.
+folders, model folders, bundles or evaluations. The output is written beside its place and moved there when it is
+whole, and a failure leaves nothing behind, but for what a long stage checkpointed: that is kept under a name that
+holds the digest of all inputs and parameters, so that the same command goes on after a kill and another one does not
+take it up. Knows no stage by name.
 """
 
 from __future__ import annotations
@@ -11,31 +12,39 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import doctor, identities
+from compress import doctor, hub, identities
 from compress.context import Params, StageContext, StageResult
-from compress.errors import DataError, StoreError, UserError
+from compress.errors import DataError, ModelError, ParityError, StoreError, TrainingError, UserError
+from compress.files import file_sha256
+from compress.names import is_hub_name, nearest
 from compress.progress import Progress
 from compress.stages import Stage, load_function, methods
 
-SLOTS = ("data", "model", "test", "reference", "bundle")
+SLOTS = ("data", "source", "test", "reference", "model", "bundle")
+ROW_SLOTS = ("data", "source", "test")  # an unnamed file of rows fills the first of these that the stage reads
+MANY, ONE_OF_MANY = "evaluations", "evaluation."  # a slot of the table that takes several folders, each with a name
 ROW_FILES = (".jsonl", ".parquet")
+FINAL = (UserError, ParityError, TrainingError)  # the same inputs end the same way: nothing to go on from
 
 
 @dataclass(frozen=True)
 class Request:
-    """One stage to run: where its inputs lie, and where its output goes (None: nowhere, only the figures count)."""
+    """One stage to run: where its inputs lie, and where its output goes (None: nowhere, only the figures count).
+
+    ``teacher`` is text, as in a profile: a model folder, a hub name, an endpoint or a file of recorded replies.
+    """
 
     stage: Stage
     params: Params
     inputs: Mapping[str, Path]
     out: Path | None = None
-    teacher: Path | None = None
+    teacher: str | None = None
     target: Any = None
     seed: int = 0
     threads: int | None = None
@@ -47,33 +56,67 @@ def guess_slot(path: Path) -> str:
     Raises:
         DataError: there is nothing at ``path``.
     """
-    if not path.exists():
-        raise DataError(str(path), "no such file or folder")
+    _present(path)
     if path.is_dir() and (path / "bundle.json").is_file():
         return "bundle"
     return "model" if path.is_dir() and (path / "config.json").is_file() else "data"
 
 
-def parse_inputs(given: Sequence[str]) -> dict[str, Path]:
+def _present(path: Path, allowed: str = "") -> None:
+    if not path.exists():
+        do = "" if path.is_absolute() else f"Relative paths start at the current folder, {Path.cwd()}."
+        raise DataError(str(path), "no such file or folder", allowed, do)
+
+
+def parse_inputs(given: Sequence[str], stage: Stage) -> dict[str, Path]:
     """``--in`` values as slot -> path: ``PATH``, whose slot is guessed, or ``slot=PATH``.
 
+    Evaluations are ``evaluation.NAME=PATH``, in the order of the steps that they follow.
+
     Raises:
-        UserError: a slot is filled twice.
+        UserError: a slot is filled twice, or a path is empty.
         DataError: nothing is there.
     """
     inputs: dict[str, Path] = {}
     for text in given:
         slot, separator, rest = text.partition("=")
-        named = bool(separator) and slot in SLOTS
+        named = bool(separator) and (slot in SLOTS or (slot.startswith(ONE_OF_MANY) and slot != ONE_OF_MANY))
+        if not (rest if named else text):
+            raise UserError("--in", f"got {text!r}, an empty path", "PATH or SLOT=PATH")
         path = Path(rest if named else text)
         if not named:
-            slot = guess_slot(path)
-        elif not path.exists():
-            raise DataError(str(path), "no such file or folder")
+            slot = _guessed(path, stage, misread=slot if separator else "")
+        _present(path)
         if slot in inputs:
             raise UserError("--in", f"two inputs for the slot {slot!r}", "one path for each of " + ", ".join(SLOTS))
         inputs[slot] = path
-    return inputs
+    return {_numbered(slot, at): path for at, (slot, path) in enumerate(inputs.items())}
+
+
+def _numbered(slot: str, at: int) -> str:
+    """``evaluation.NAME`` as ``evaluation.NN.NAME``, the form in which the order of slots is that of the steps."""
+    if not slot.startswith(ONE_OF_MANY):
+        return slot
+    return f"{ONE_OF_MANY}{at:02d}.{slot.removeprefix(ONE_OF_MANY)}"
+
+
+def _guessed(path: Path, stage: Stage, *, misread: str) -> str:
+    """The slot of a path that was given without one; ``misread`` is what stood before an equals sign in it."""
+    if misread and not path.exists():
+        allowed = "PATH, or SLOT=PATH with a slot of " + ", ".join(_spelled(slot) for slot in _slots(stage))
+        raise DataError(str(path), "no such file or folder", allowed, nearest(misread, SLOTS))
+    slot = guess_slot(path)
+    if slot != "data":
+        return slot
+    return next((known for known in ROW_SLOTS if known in _slots(stage)), slot)
+
+
+def _slots(stage: Stage) -> tuple[str, ...]:
+    return (*stage.reads, *stage.optional)
+
+
+def _spelled(slot: str) -> str:
+    return f"{ONE_OF_MANY}NAME" if slot == MANY else slot
 
 
 def stage_and_params(name: str, overrides: Sequence[str]) -> tuple[Stage, Params]:
@@ -90,10 +133,31 @@ def stage_and_params(name: str, overrides: Sequence[str]) -> tuple[Stage, Params
     return stage_params(stage, method=method, overrides=overrides)
 
 
-def _identity(path: Path) -> str:
-    if path.is_dir() and (path / "config.json").is_file():
-        return identities.model_identity(path, identities.plain_digest)
-    return identities.source_identity(path, identities.plain_digest)
+def _identity(slot: str, path: Path) -> str:
+    """Digest of an input; what is not what its slot takes is refused here, before anything is written."""
+    _present(path, {"model": "a Hugging Face model folder", "bundle": "a bundle"}.get(slot, ""))
+    if slot == "bundle":
+        from deploy.bundle import open_bundle  # only the stages that read one need the package
+
+        open_bundle(path, verify=False)
+    if slot == "model":
+        return identities.model_identity(path, file_sha256)
+    return identities.source_identity(path, file_sha256)
+
+
+def _teacher_identity(spec: str) -> str:
+    """Digest of the teacher that ``spec`` names; of an endpoint, or of a hub model that is not here, of the name."""
+    if "://" in spec:
+        return identities.digest_of({"endpoint": spec})
+    if Path(spec).is_file():  # recorded replies
+        return identities.source_identity(Path(spec), file_sha256)
+    folder = hub.local_folder(spec)
+    if folder is not None:
+        return identities.model_identity(folder, file_sha256)
+    if is_hub_name(spec, Path()):
+        return identities.digest_of({"hub": spec})
+    allowed = "a model folder, a hub name owner/name, http://HOST/v1#MODEL, or a .jsonl file of recorded replies"
+    raise ModelError(f"--teacher {spec}", "no such file or folder", allowed)
 
 
 def _as_rows(slot: str, path: Path, scratch: Path) -> Path:
@@ -119,13 +183,17 @@ def _check_out(out: Path, stage: Stage) -> None:
 
 
 def _missing(stage: Stage, inputs: Mapping[str, Path]) -> None:
-    missing = [slot for slot in stage.reads if slot not in inputs]
+    """Refuse inputs that are not those of the table's line."""
+    kinds = {MANY if slot.startswith(ONE_OF_MANY) else slot for slot in inputs}
+    missing = [slot for slot in stage.reads if slot not in kinds]
     if missing:
+        do = "Give one for each step, in the order of the steps; the teacher's is evaluation.teacher=PATH."
         raise UserError("--in", f"{stage.name} reads {', '.join(missing)}, not given",
-                        " ".join(f"--in {slot}=PATH" for slot in missing))  # fmt: skip
-    extra = [slot for slot in inputs if slot not in (*stage.reads, *stage.optional)]
+                        " ".join(f"--in {_spelled(slot)}=PATH" for slot in missing),
+                        do if MANY in missing else "")  # fmt: skip
+    extra = sorted(_spelled(slot) for slot in kinds - set(_slots(stage)))
     if extra:
-        wanted = ", ".join((*stage.reads, *stage.optional)) or "nothing"
+        wanted = ", ".join(_spelled(slot) for slot in _slots(stage)) or "nothing"
         raise UserError("--in", f"{stage.name} does not read {', '.join(extra)}", wanted)
 
 
@@ -136,23 +204,29 @@ def _save(made: Path, out: Path) -> None:
             out.rmdir()  # empty, checked before
         os.replace(made, out)
         return
-    from compress.data.rows import read_dropped, read_rows, write_jsonl
+    from compress.data.rows import QUARANTINE, read_dropped, read_rows, write_jsonl
 
+    rows, beside = made / "rows.parquet", []
+    if out.suffix != ".parquet":
+        rows = made / "rows.jsonl"
+        write_jsonl(rows, read_rows(made))
     dropped = [dropped.row.with_scores("dropped", by=dropped.stage, reason=dropped.reason, detail=dropped.detail)
                for dropped in read_dropped(made)]  # fmt: skip
     if dropped:
-        write_jsonl(out.with_name(f"{out.stem}.dropped.jsonl"), dropped)
-    if out.suffix == ".parquet":
-        os.replace(made / "rows.parquet", out)
-    else:
-        write_jsonl(out, read_rows(made))
+        write_jsonl(made / "dropped.jsonl", dropped)
+        beside.append("dropped.jsonl")
+    if (made / QUARANTINE).is_file():
+        beside.append(QUARANTINE)
+    for name in beside:
+        os.replace(made / name, out.with_name(f"{out.stem}.{name}"))
+    os.replace(rows, out)  # last: when it is there, all is
 
 
 def run_stage(request: Request, progress: Progress) -> StageResult:
     """Run ``request`` and leave its output in place, whole or not at all.
 
     Raises:
-        UserError: an input is missing or not wanted, or the output is there already.
+        UserError: an input is missing, not wanted or not there, or the output is there already.
         StoreError: the output cannot be written.
     """
     stage, out = request.stage, request.out
@@ -161,26 +235,54 @@ def run_stage(request: Request, progress: Progress) -> StageResult:
         raise UserError("--teacher", f"missing; {stage.name} needs it", "a model folder")
     if out is not None:
         _check_out(out, stage)
+    digest = _digest(request)  # reads all inputs, and so comes before the first folder is made
     parent = out.absolute().parent if out is not None else Path(tempfile.gettempdir())
+    with _scratch(parent) as scratch, _work(parent / f".{stage.name}-{digest[:16]}.work") as work:
+        return _run(request, scratch, work, progress)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder in ``parent`` that is gone afterwards, as are the parents that were made for it, unless they are used.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".edgestill-", dir=parent))
-    except OSError as error:
-        raise StoreError(str(parent), error.strerror or str(error), do="Give another --out.") from error
-    work = parent / f".{stage.name}-{_digest(request)[:16]}.work"
-    try:
-        result = _run(request, scratch, work, progress)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=".edgestill-", dir=parent))
+        except OSError as error:
+            raise StoreError(str(parent), error.strerror or str(error), do="Give another --out.") from error
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in new:  # the deepest first; one that is not empty holds the output
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _work(work: Path) -> Iterator[Path]:
+    """The folder of checkpoints: kept after a failure or a kill from which the same command can go on."""
+    try:
+        yield work
+    except FINAL:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except BaseException:
         with suppress(OSError):
             work.rmdir()  # empty: there is nothing to go on from
-    shutil.rmtree(work, ignore_errors=True)  # only after success: a failed or killed run goes on from it
-    return result
+        raise
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _digest(request: Request) -> str:
-    inputs = {slot: _identity(path) for slot, path in request.inputs.items()}
-    teacher = None if request.teacher is None else _identity(request.teacher)
+    inputs = {slot: _identity(slot, path) for slot, path in request.inputs.items()}
+    teacher = None if request.teacher is None else _teacher_identity(request.teacher)
     target = None if request.target is None else request.target.model_dump(mode="json")
     return identities.digest_of(
         {

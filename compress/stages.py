@@ -8,13 +8,13 @@ nothing of profiles, keys or the store.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import ProfileError
+from compress.names import nearest
 
 if TYPE_CHECKING:
     from compress.context import Params, StageContext, StageResult
@@ -91,6 +91,7 @@ STAGES: tuple[Stage, ...] = (
         "ifd",
         "compress.data.selection.params:IfdParams",
         "compress.data.selection.static:ifd",
+        version=2,
         reads=("data",),
         optional=("model",),
         uses=("teacher",),
@@ -101,6 +102,7 @@ STAGES: tuple[Stage, ...] = (
         "mislabel",
         "compress.data.quality.params:MislabelParams",
         "compress.data.quality.stabilization:mislabel",
+        version=2,
         reads=("data",),
         uses=("teacher",),
         summary="find rows whose answer the teacher contradicts; drop or relabel them",
@@ -138,6 +140,7 @@ STAGES: tuple[Stage, ...] = (
         "logits",
         "compress.model.distillation.params:LogitsParams",
         "compress.model.distillation.stage:distill",
+        version=2,
         reads=("data",),
         optional=("model",),
         writes="model",
@@ -149,6 +152,7 @@ STAGES: tuple[Stage, ...] = (
         "structured",
         "compress.model.pruning.params:StructuredParams",
         "compress.model.pruning.structured:prune",
+        version=2,
         reads=("data", "model"),
         writes="model",
         uses=("teacher",),
@@ -177,6 +181,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
+        version=2,
         reads=("model",),
         optional=("data",),
         writes="bundle",
@@ -261,7 +266,7 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
     known = methods(stage, table)
     if not known:
         stages = list(dict.fromkeys(line.stage for line in table))
-        raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), _nearest(stage, stages))
+        raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), nearest(stage, stages))
     if method is None:
         if len(known) > 1:
             raise ProfileError(f"{where}.{stage}", "no method given", "method: " + " | ".join(known))
@@ -270,13 +275,8 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
         if line.stage == stage and line.method == method:
             return line
     raise ProfileError(
-        f"{where}.{stage}.method", f"got {method!r}", "one of " + ", ".join(known), _nearest(method, known)
+        f"{where}.{stage}.method", f"got {method!r}", "one of " + ", ".join(known), nearest(method, known)
     )
-
-
-def _nearest(got: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(got, names, n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def _load(dotted: str) -> Any:

@@ -31,6 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress.errors import EdgestillError, StoreError
+from compress.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class Store:
         files = {}
         for file in _regular_files(draft.out):
             name = file.relative_to(draft.out).as_posix()
-            files[name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+            files[name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
             _sync(file)
         for folder in [path for path in draft.out.rglob("*") if path.is_dir()]:
             _sync(folder)
@@ -281,7 +282,7 @@ class Store:
         known = self._digests.get(place)
         if known is not None and known[:4] == facts:
             return str(known[4])
-        digest = sha256_of(Path(place))
+        digest = file_sha256(Path(place))
         # What was changed a moment ago may be changed again within the clock's grain: not remembered (as git does).
         if time.time_ns() - stat.st_ctime_ns > SETTLED_NS:
             self._digests[place] = [*facts, digest]
@@ -372,12 +373,6 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _is_inside(name: str) -> bool:
     """Whether ``name`` is a relative path that stays in its folder."""
     path = PurePosixPath(name)
@@ -394,7 +389,7 @@ def _damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: boo
             return f"{name}: {error.strerror}"
         if size != facts["size"]:
             return f"{name} has {size} bytes, not {facts['size']}"
-        if verify and sha256_of(file) != facts["sha256"]:
+        if verify and file_sha256(file) != facts["sha256"]:
             return f"the content of {name} was changed"
     if verify:
         found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}

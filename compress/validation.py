@@ -7,14 +7,14 @@ list fits a tuple and nothing else is coerced. Knows nothing of profiles or stag
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from compress.names import nearest
 from compress.yaml_reader import Document, KeyPath, Problem, dotted, plain_scalar
 
 M = TypeVar("M", bound=BaseModel)
@@ -80,12 +80,6 @@ def check(
         known = names if names is not None and len(tail) == 1 else _names_at(model, group[0]["loc"][:-1])
         document.problems.append(_problem(document, path + tail, group, known))
     return None
-
-
-def nearest(got: str, known: Iterable[str]) -> str:
-    """``Did you mean 'x'?`` for the name in ``known`` that is closest to ``got``; empty when none is close."""
-    close = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def shown(value: Any, raw: str = "") -> str:

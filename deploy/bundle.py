@@ -1,13 +1,13 @@
 """The bundle: one folder that is copied to the device, with ``bundle.json`` that says what is in it and vouches for it.
 
 `write_bundle` describes a finished folder, `open_bundle` reads it back and refuses one that is damaged, `bundle_bytes`
-is what is copied. A GPTQ checkpoint of the same codes may lie beside it in ``gptq/``; it is described too and is no
-part of what is copied. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
+is what is copied: the files that the runtime opens, with ``bundle.json``. A GPTQ checkpoint of the same codes may lie
+beside them in ``gptq/``; it is described too, and counts only in a bundle that holds nothing else, which nothing here
+runs. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ModelError
+from compress.files import file_sha256
 
 BUNDLE_FILE = "bundle.json"
 GPTQ_FOLDER = "gptq"
 FORM = 1
-_CHUNK = 1 << 20
 _REPAIR = "Copy the bundle again, or export it again"
 
 
@@ -47,25 +47,28 @@ class Bundle:
         return int(self.model["parameters"])
 
     @property
+    def shipped(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is copied to the device: the runtime's files; where there are none, the GPTQ checkpoint's."""
+        found: Mapping[str, Mapping[str, Any]] = self.info["files"] or self.info["gptq_files"]
+        return found
+
+    @property
     def bytes(self) -> int:
-        """Bytes that are copied to the device, ``bundle.json`` included."""
-        return bundle_bytes(self.folder)
+        """Bytes of what is `shipped`, ``bundle.json`` included."""
+        files = sum(int(facts["bytes"]) for facts in self.shipped.values())
+        return files + (self.folder / BUNDLE_FILE).stat().st_size
 
     def need(self, form: str) -> None:
         """Raise ModelError unless the bundle holds the format ``form``."""
-        if form not in self.formats:
-            raise ModelError(
-                str(self.folder), f"holds {', '.join(self.formats)}", form, f"Export it with formats: [{form}]"
-            )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        if form in self.formats:
+            return
+        got = f"holds the format {', '.join(self.formats)} alone"
+        if form == "onnx":
+            got += ": no ONNX model, which is what is run and timed here"
+        do = f"Export the model again with --format {form} (in a profile: formats: [{', '.join(self.formats)}, {form}])"
+        if GPTQ_FOLDER in self.formats:
+            do += f"; the checkpoint itself is measured by: edgestill eval {self.folder / GPTQ_FOLDER} --data ROWS"
+        raise ModelError(str(self.folder), got, form, do)
 
 
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
@@ -100,11 +103,12 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
         raise ModelError(str(path), f"cannot be read ({error})", "a bundle's JSON", _REPAIR) from error
     if not isinstance(info, dict) or info.get("edgestill") != FORM:
         raise ModelError(str(path), "not a bundle of this form", f'"edgestill": {FORM}', _REPAIR)
-    for key in ("files", "formats", "model"):
+    alone = info.get("formats") == [GPTQ_FOLDER]  # no file for a runtime, and the checkpoint is what ships
+    for key in ("formats", "model", "gptq_files" if alone else "files"):
         if not info.get(key):
             raise ModelError(str(path), f"no {key}", "formats, model and files", _REPAIR)
     _check_files(folder, info["files"], verify=verify)
-    if GPTQ_FOLDER in info["formats"] and (folder / GPTQ_FOLDER).is_dir():
+    if alone or (GPTQ_FOLDER in info["formats"] and (folder / GPTQ_FOLDER).is_dir()):
         _check_files(folder / GPTQ_FOLDER, info.get("gptq_files", {}), verify=verify)
     return Bundle(folder, info)
 
@@ -123,5 +127,5 @@ def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> Non
 
 
 def bundle_bytes(folder: Path) -> int:
-    """Return the bytes that are copied to the device: every file right in ``folder``, no sub-folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Return the bytes of the bundle in ``folder`` that are copied to the device; see `Bundle.shipped`."""
+    return open_bundle(folder, verify=False).bytes

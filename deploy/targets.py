@@ -7,7 +7,6 @@ figure of a built-in target has its public source in a comment beside it. Knows 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import ProfileError, TargetError
+from compress.names import nearest
 from compress.yaml_reader import KeyPath, read_yaml_file
 
 SUFFIXES = (".yaml", ".yml")
@@ -95,8 +95,7 @@ def load_target(name_or_path: str | Path) -> Target:
         where = f"{document.place(key).origin}: {'.'.join(map(str, key))}".removesuffix(": ")
         unknown = first_error["type"] == "extra_forbidden"
         allowed = f"one of {', '.join(Target.model_fields)}" if unknown else ""
-        near = difflib.get_close_matches(str(key[-1]), Target.model_fields, n=1) if unknown else []
-        do = f"Did you mean {near[0]}?" if near else ""
+        do = nearest(str(key[-1]), Target.model_fields) if unknown else ""
         raise TargetError(where, f"{first_error['msg']} (got {_short(first_error['input'])})", allowed, do) from error
 
 
@@ -134,8 +133,7 @@ def _find(text: str) -> Path:
         return built_in_targets() / f"{text}.yaml"
     if path.is_file():
         return path
-    near = difflib.get_close_matches(path.stem, known, n=1)
-    do = f"Did you mean {near[0]}?" if near else ""
+    do = nearest(path.stem, known)
     if path.suffix in SUFFIXES or len(path.parts) > 1:
         raise TargetError(text, "no such file", f"a target file, or one of {', '.join(known)}", do)
     raise TargetError("target", f"got {text!r}", f"a target file, or one of {', '.join(known)}", do)

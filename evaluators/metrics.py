@@ -1,15 +1,14 @@
 """Scores of generated text against a reference, one value per row.
 
-`score_calls` is for answers that are one function call in JSON (``{"name": ..., "args": {...}}``);
-`score_text` for any other text; `sequence_nll` sums up token losses. Per-row arrays come back, never a mean,
-so that two models can be compared row by row (`bootstrap.paired_difference`). Knows nothing of models.
+`score_calls` is for answers that are one function call in JSON (``{"name": ..., "args": {...}}``), `parse_call` reads
+one. Per-row arrays come back, never a mean, so that two models can be compared row by row (`bootstrap`). Knows
+nothing of models.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 CALL_METRICS = ("exact_match", "function_accuracy", "argument_f1", "valid_json")
-TEXT_METRICS = ("exact_text", "token_f1")
 
 
 def no_constant(text: str) -> Any:
@@ -88,19 +86,3 @@ def score_calls(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 def same_args(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether both hold the same argument names with equal typed values."""
     return left.keys() == right.keys() and all(typed(left[k]) == typed(right[k]) for k in left)
-
-
-def score_text(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
-    """Score free text: ``exact_text`` (after stripping) and ``token_f1`` (bag of words, SQuAD style)."""
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    exact, f1 = np.zeros(len(references)), np.zeros(len(references))
-    for i, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
-        exact[i] = float(predicted.strip() == reference.strip())
-        left, right = predicted.lower().split(), reference.lower().split()
-        if not left and not right:
-            f1[i] = 1.0
-            continue
-        common = sum((Counter(left) & Counter(right)).values())
-        f1[i] = 2 * common / (len(left) + len(right))
-    return {"exact_text": exact, "token_f1": f1}

@@ -172,7 +172,7 @@ def stopped(place: Place, code: int, *words: str, before: list[str]) -> None:
         (
             "x86-laptop-avx2",
             "x86-laptop-avx",
-            ["target: got 'x86-laptop-avx'; expected", "Did you mean x86-laptop-avx2?"],
+            ["target: got 'x86-laptop-avx'; expected", "Did you mean 'x86-laptop-avx2'?"],
         ),
     ],
     ids=["key", "parameter", "stage", "method", "metric", "target"],

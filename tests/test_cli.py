@@ -12,8 +12,10 @@ from typer.testing import CliRunner, Result
 import compress.pipeline
 import compress.plans
 import compress.profile
-from compress import cli, doctor
+from compress import cli, doctor, errors, single
+from compress.context import StageContext
 from compress.data.rows import chat_row, read_source, write_jsonl
+from compress.stages import STAGES, Stage
 from tests.fake_stages import TABLE, write_profile
 from tests.tiny import tiny_checkpoint
 
@@ -191,6 +193,143 @@ def test_step_inputs(
     assert words in failed(call("step", "data.selection.dedup", *given, "--out", "kept.jsonl"), 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "/nope", "--target", "x86-laptop-avx2"], "/nope: no such file or folder; expected a Hugging Face"),
+        (["export", "gone", "--target", "x86-laptop-avx2"], "gone: no such file or folder; expected a Hugging Face"),
+        (["export", "empty", "--target", "x86-laptop-avx2"], "no config.json in it; expected a Hugging Face model"),
+        (["export", "model", "--data", "no.jsonl", "--target", "x86-laptop-avx2"], "no.jsonl: no such file or folder"),
+        (["bench", "/nope"], "/nope: no such file or folder; expected a bundle"),
+        (["bench", "empty"], "bundle.json: no such file; expected a bundle folder. Make one with: edgestill export"),
+        (["eval", "/nope", "--data", "pool.jsonl"], "/nope: no such file or folder"),
+        (["eval", "model", "--data", "/nope"], "/nope: no such file or folder"),
+        (["eval", "model", "--data", "empty"], "empty: an empty folder; expected a file or folder of rows"),
+        (["step", "data.selection.dedup", "--in", "empty", "--out", "o"], "empty: an empty folder"),
+        (["step", "data.selection.dedup", "--in", "", "--out", "o"], "--in: got '', an empty path; expected PATH"),
+        (["step", "data.selection.dedup", "--in", "data=", "--out", "o"], "--in: got 'data=', an empty path"),
+        (["step", "data.selection.dedup", "--in", "dta=pool.jsonl", "--out", "o"], "Did you mean 'data'?"),
+        (["step", "data.selection.dedup", "--in", "bad.jsonl", "--out", "deep/er/o"], "bad.jsonl:1: malformed JSON"),
+        (
+            ["step", "data.quality.mislabel", "--in", "pool.jsonl", "--out", "o", "--teacher", "/nope"],
+            "--teacher /nope: no such file or folder; expected a model folder, a hub name",
+        ),
+        (
+            ["step", "data.quality.mislabel", "--in", "pool.jsonl", "--out", "deep/o", "--teacher", "http://h/v1"],
+            "teacher: the endpoint names no model",
+        ),
+    ],
+)
+def test_a_failed_command_leaves_nothing(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    for name in ("empty", "model", "temporary"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    before = sorted(tmp_path.rglob("*"))
+    message = failed(call(*arguments), 2)
+    assert words in message
+    assert "profile" not in message, "no profile was named"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_relative_paths_without_a_profile_start_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = failed(call("bench", "gone"), 2)
+    assert message.endswith(f"Relative paths start at the current folder, {tmp_path}.")
+
+
+@pytest.mark.parametrize(("error", "kept"), [("UserError", False), ("ParityError", False), ("StoreError", True)])
+def test_checkpoints_are_kept_only_to_go_on_from(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, kept: bool
+) -> None:
+    def halting(params: object, ctx: StageContext) -> None:
+        (ctx.work / "half").write_text("")
+        raise getattr(errors, error)("here", "it broke")
+
+    monkeypatch.setattr("compress.data.selection.static.dedup", halting)
+    result = call("step", "data.selection.dedup", "--in", rows, "--out", tmp_path / "o")
+    failed(result, getattr(errors, error).exit_code)
+    left = {path.name for path in tmp_path.iterdir()} - {"pool.jsonl"}
+    assert all(name.startswith(".data.selection.dedup-") for name in left)
+    assert bool(left) is kept
+
+
+@pytest.mark.parametrize("line", STAGES, ids=lambda line: line.name)
+def test_every_stage_takes_its_inputs_by_name(line: Stage, rows: Path) -> None:
+    slots = [*line.reads, *line.optional]
+    given = ["evaluation.one" if slot == "evaluations" else slot for slot in slots]
+    inputs = single.parse_inputs([f"{slot}={rows}" for slot in given], line)
+    single._missing(line, inputs)
+    assert len(inputs) == len(slots)
+
+
+@pytest.mark.parametrize("form", ["source={}", "{}"])
+def test_step_reads_a_source(rows: Path, tmp_path: Path, form: str) -> None:
+    with rows.open("a") as stream:
+        stream.write("no json\n")
+    out = tmp_path / "canonical.jsonl"
+    arguments = ["--in", form.format(rows), "--out", out, "--set", "on_error=quarantine"]
+    result = call("step", "data.source.read", *arguments)
+    assert result.exit_code == 0, result.output
+    assert len(read_source(out).rows) == 4
+    assert "no json" in (tmp_path / "canonical.quarantine.jsonl").read_text()
+
+
+def test_step_holds_evaluations_against_limits(rows: Path, tmp_path: Path) -> None:
+    for name, seed in (("teacher", 0), ("student", 1)):
+        model = tiny_checkpoint(tmp_path / name, seed=seed)
+        arguments = ["--in", f"model={model}", "--in", rows, "--out", tmp_path / f"of-{name}"]
+        result = call("step", "evaluate.model", *arguments, "--set", "tasks=[perplexity]")
+        assert result.exit_code == 0, result.output
+    inputs = [
+        "--in",
+        f"evaluation.teacher={tmp_path / 'of-teacher'}",
+        "--in",
+        f"evaluation.end={tmp_path / 'of-student'}",
+    ]
+    kept = call("step", "evaluate.gate", *inputs, "--out", tmp_path / "a", "--set", "limits=[{metric: nll, max: 100}]")
+    assert kept.exit_code == 0, kept.output
+    verdict = json.loads((tmp_path / "a" / "verdict.json").read_text())
+    assert [entry["step"] for entry in verdict["ledger"]["entries"]] == ["teacher", "end"]
+    broken = "limits=[{metric: nll, max: 0.001}]"
+    message = failed(call("step", "evaluate.gate", *inputs, "--out", tmp_path / "b", "--set", broken), 3)
+    assert "a limit is not kept" in message
+    assert "verdict.json" in message
+
+
+def test_the_gate_says_how_it_is_given_evaluations(rows: Path, tmp_path: Path) -> None:
+    message = failed(call("step", "evaluate.gate", "--out", tmp_path / "v"), 2)
+    assert "evaluate.gate reads evaluations, not given; expected --in evaluation.NAME=PATH" in message
+    message = failed(call("step", "evaluate.gate", "--in", rows, "--out", tmp_path / "v"), 2)
+    assert "expected --in evaluation.NAME=PATH" in message
+
+
+@pytest.mark.parametrize("seed", ["-5", "4294967296"])
+def test_a_seed_out_of_range_gives_2(rows: Path, tmp_path: Path, seed: str) -> None:
+    result = call("step", "data.selection.dedup", "--in", rows, "--out", tmp_path / "o", "--seed", seed)
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_teacher_is_taken_as_text(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+
+    def opener(where: object, **_: object) -> None:
+        opened.append(where)
+        raise errors.UserError("teacher", "enough")
+
+    monkeypatch.setattr("compress.teachers.open_teacher", opener)
+    for teacher in ("http://host/v1#m", "somebody/some-model"):
+        arguments = ["--in", rows, "--out", tmp_path / "o", "--teacher", teacher]
+        assert "teacher: enough" in failed(call("step", "data.quality.mislabel", *arguments), 2)
+    assert opened == ["http://host/v1#m", "somebody/some-model"]
+
+
 def test_step_never_overwrites(rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "kept.jsonl"
     out.write_text("mine")
@@ -205,6 +344,73 @@ def test_malformed_rows_name_the_line(tmp_path: Path) -> None:
     message = failed(call("step", "data.selection.dedup", "--in", bad, "--out", tmp_path / "o"), 2)
     assert "bad.jsonl:2" in message
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"], "nothing is left behind"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """The result of an export in both formats of a tiny quantized checkpoint, and the folder that it wrote."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = tiny_checkpoint(folder / "plain", layers=1, hidden=64, head_dim=16)
+    arguments = ["--in", model, "--out", folder / "q", "--set", "group_size=32"]
+    assert call("step", "model.quantization.rtn", *arguments).exit_code == 0
+    formats = ["--format", "onnx", "--format", "gptq"]
+    arguments = ["--target", "x86-laptop-avx2", *formats, "--out", folder / "bundle"]
+    return call("export", folder / "q", *arguments), folder / "bundle"
+
+
+def test_export_writes_a_bundle_and_says_what_it_counts(exported: tuple[Result, Path]) -> None:
+    result, bundle = exported
+    assert result.exit_code == 0, result.output
+    size = sum(path.stat().st_size for path in bundle.iterdir() if path.is_file())
+    assert f"bundle_bytes: {size}\n" in result.stdout
+    assert "bundle_bytes counts the 5 files that the runtime opens" in result.stdout
+    assert "gptq/ (gptq_bytes) is not needed on the device and not counted" in result.stdout
+    assert result.stdout.endswith(f"wrote {bundle}\n")
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "plain", "q"]
+
+
+def test_export_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_checkpoint(tmp_path / "model", layers=1, hidden=64, head_dim=16)
+    monkeypatch.chdir(tmp_path)
+    result = call("export", model, "--target", "x86-laptop-avx2", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["metrics"]["parity"]["exact"]["top1"] == 1.0
+    place = tmp_path / "model-x86-laptop-avx2"  # where none was named
+    assert told["metrics"]["bundle_bytes"] == sum(path.stat().st_size for path in place.iterdir())
+
+
+def test_bench_times_a_bundle(exported: tuple[Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    short = ["--set", "prompt_tokens=4", "--set", "new_tokens=4", "--set", "repeats=1", "--threads", "1"]
+    told = call("bench", exported[1], *short)
+    assert told.exit_code == 0, told.output
+    assert "decode_tokens_per_s: " in told.stdout
+    result = call("bench", exported[1], *short, "--json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)["metrics"]
+    assert metrics["threads"] == 1
+    assert metrics["decode_tokens_per_s"] > 0 < metrics["peak_memory_bytes"]
+    assert not list(tmp_path.iterdir()), "only the figures count: nothing is written"
+
+
+def test_a_gptq_bundle_says_that_it_cannot_be_run(exported: tuple[Result, Path], rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gptq-only"
+    arguments = ["--target", "x86-laptop-avx2", "--format", "gptq", "--out", out, "--json"]
+    result = call("export", exported[1].parent / "q", *arguments)
+    assert result.exit_code in (0, 2), result.output
+    if result.exit_code == 2:
+        pytest.skip("a bundle without ONNX is refused at the export")
+    told = json.loads(result.stdout)
+    assert told["metrics"]["bundle_bytes"] == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    assert "there is no ONNX model" in told["notes"][0]
+    for command in (["bench", out], ["eval", out, "--data", rows]):
+        message = failed(call(*command), 2)
+        assert "holds the format gptq alone: no ONNX model" in message
+        assert "Export the model again with --format onnx" in message
+        assert f"edgestill eval {out / 'gptq'} --data ROWS" in message
+    result = call("eval", out / "gptq", "--data", rows)
+    assert result.exit_code == 0, result.output
 
 
 def test_eval_of_a_model_folder(rows: Path, tmp_path: Path) -> None:

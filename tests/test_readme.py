@@ -1,5 +1,6 @@
 """The README is a promise: its commands exist, its tree is the real one, its profiles and files are there."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -13,29 +14,50 @@ from compress.profile import list_profiles
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"## The tree\n\n(.*?)\n\n## ", README, re.S).group(1)
-FOLDED = ("tests/", "profiles/quickstart/teacher/")  # one line stands for the whole folder
-UNLISTED = (".gitignore",)
+LONGEST = 110  # characters of a remark
 
 
 def tracked():
-    """Files under version control, or every file where there is no git."""
+    """Files under version control, or every file where there is no git; packages' empty markers are left out."""
     found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip("not a git checkout: the list of files is not known")
     return [line for line in found.stdout.splitlines() if not line.endswith("/__init__.py")]
 
 
-def test_the_tree_names_every_file_and_nothing_else():
-    named = {line.split()[0] for line in TREE.splitlines()}
-    real = set()
-    for name in tracked():
-        folder = next((f for f in FOLDED if name.startswith(f)), None)
-        real.add(folder or name)
-    assert named == real - set(UNLISTED)
+def remarks():
+    """(file, what the tree says of it) for every line."""
+    return [(line.split()[0], [*line.split(maxsplit=1), ""][1]) for line in TREE.splitlines()]
 
 
-def test_every_line_of_the_tree_says_something():
-    assert all(len(line.split(maxsplit=1)) == 2 for line in TREE.splitlines())
+def cut_short(remark, docstring):
+    """Whether ``remark`` is the beginning of ``docstring`` and stops inside of a sentence."""
+    plain = " ".join(docstring.replace("`", "").split())
+    following = plain[len(remark) : len(remark) + 1]
+    return plain.startswith(remark) and not remark.endswith((".", "?")) and following not in ("", ".", ";", ":", ",")
+
+
+def test_the_tree_has_one_line_for_every_file_and_no_other():
+    named = [name for name, _ in remarks()]
+    assert named == sorted(tracked())
+
+
+def test_every_line_of_the_tree_is_short_and_whole():
+    for name, remark in remarks():
+        assert remark, f"{name}: nothing is said of it"
+        assert len(remark) <= LONGEST, f"{name}: {len(remark)} characters"
+        assert remark == remark.strip(" ,;:"), f"{name}: it ends in the midst of a sentence"
+        if name.endswith(".py"):
+            docstring = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or ""
+            assert not cut_short(remark, docstring), f"{name}: cut off from its docstring"
+
+
+def test_a_cut_line_is_seen():
+    whole = "Digests of ``files``: rows, the teacher.\n\nMore."
+    assert cut_short("Digests of files: rows, the tea", whole)
+    assert cut_short("Digests of", whole)
+    for remark in ("Digests of files", "Digests of files: rows, the teacher", "What files are like"):
+        assert not cut_short(remark, whole)
 
 
 def test_every_command_of_the_readme_exists():

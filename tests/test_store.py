@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from compress import store as store_module
 from compress.errors import DataError, StoreError
-from compress.store import MANIFEST, Store, canonical_json, sha256_of
+from compress.files import file_sha256
+from compress.store import MANIFEST, Store, canonical_json
 
 KEY, OTHER = Store.key({"n": 1}), Store.key({"n": 2})
 ROOT = Path(__file__).parent.parent
@@ -151,7 +152,7 @@ def test_make_and_find(store, said):
         "key": KEY,
         "facts": {"n": 1},
         "files": {
-            name: {"size": (draft.path / name).stat().st_size, "sha256": sha256_of(draft.path / name)}
+            name: {"size": (draft.path / name).stat().st_size, "sha256": file_sha256(draft.path / name)}
             for name in ("a.txt", "sub/b.bin")
         },
     }
@@ -603,9 +604,9 @@ def counted(monkeypatch):
 
     def digest(path):
         read.append(path.name)
-        return sha256_of(path)
+        return file_sha256(path)
 
-    monkeypatch.setattr(store_module, "sha256_of", digest)
+    monkeypatch.setattr(store_module, "file_sha256", digest)
     monkeypatch.setattr(store_module, "SETTLED_NS", -(10**18))
     return read
 
@@ -613,7 +614,7 @@ def counted(monkeypatch):
 def test_digests_are_remembered(store, tmp_path, counted):
     file = tmp_path / "rows.jsonl"
     file.write_text("one")
-    expected = sha256_of(file)
+    expected = file_sha256(file)
     assert [store.file_digest(file) for _ in range(3)] == [expected] * 3
     assert counted == ["rows.jsonl"]
     assert not store.root.exists()  # a plan leaves nothing ...
@@ -622,18 +623,18 @@ def test_digests_are_remembered(store, tmp_path, counted):
     assert Store(store.root).file_digest(file) == expected  # ... but with the first artifact it is kept
     assert counted == []
     file.write_text("two")
-    assert store.file_digest(file) == sha256_of(file) != expected
+    assert store.file_digest(file) == file_sha256(file) != expected
     before = file.stat()
     file.write_text("six")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, and a time that was set back
-    assert store.file_digest(file) == sha256_of(file)
+    assert store.file_digest(file) == file_sha256(file)
 
 
 def test_fresh_files_are_read_again(store, tmp_path):
     file = tmp_path / "rows.jsonl"
     for text in ("one", "two", "six"):
         file.write_text(text)
-        assert store.file_digest(file) == sha256_of(file)
+        assert store.file_digest(file) == file_sha256(file)
     assert store._digests == {}
 
 
@@ -652,10 +653,10 @@ def test_spoilt_memory_is_only_slower(store, tmp_path, counted):
     again.file_digest(tmp_path / "more")
     assert counted == []
     memory.write_bytes(b"\xff\xfe\n[1]\n3\n{}\n")
-    assert Store(store.root).file_digest(file) == sha256_of(file)
+    assert Store(store.root).file_digest(file) == file_sha256(file)
     memory.unlink()
     memory.mkdir()
-    assert Store(store.root).file_digest(file) == sha256_of(file)
+    assert Store(store.root).file_digest(file) == file_sha256(file)
 
 
 # --- gc ------------------------------------------------------------------------------------------------------------

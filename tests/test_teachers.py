@@ -48,8 +48,8 @@ def test_scores_equal_a_plain_loop_over_rows(tmp_path: Path, arch: str, batch_to
     rows = tiny_token_rows(23, tokens=(2, 5, 17, 9, 30))
     for row, scores in zip(rows, found.score(rows), strict=True):
         expected = slow.token_scores(found.model, row.ids, row.answer)
-        np.testing.assert_allclose(scores.logprob, [e[0] for e in expected], atol=1e-5)
-        np.testing.assert_allclose(scores.best_logprob, [e[1] for e in expected], atol=1e-5)
+        np.testing.assert_allclose(scores.logprob, [e[0] for e in expected], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores.best_logprob, [e[1] for e in expected], rtol=1e-5, atol=1e-5)
         assert scores.is_argmax.tolist() == [e[2] for e in expected]
 
 

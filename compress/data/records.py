@@ -8,11 +8,12 @@ It raises `RecordError` with plain words; who calls it adds file and line. Knows
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from compress.names import closest, nearest
 
 ACCEPTED = (
     "one of the column sets: messages | conversations | prompt + response | question + answer | "
@@ -74,8 +75,7 @@ def _rename(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     fields = dict(record)
     for canonical, found in columns.items():
         if found not in record:
-            near = difflib.get_close_matches(found, list(record), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Correct the columns setting"
+            hint = nearest(found, record) or "Correct the columns setting"
             raise RecordError(f"no column {found!r} (mapped to {canonical}); found {_names(record)}", "", hint)
         fields.pop(found, None)
     for canonical, found in columns.items():
@@ -165,9 +165,9 @@ def _wrong_columns(record: dict[str, Any]) -> RecordError:
     filled = {k: v for k, v in record.items() if v is not None}
     known = (*PROMPTS, *ANSWERS, "messages", "conversations", "instruction", "text")
     hints = [
-        f"{name!r} looks like {near[0]!r}"
+        f"{name!r} looks like {near!r}"
         for name in filled
-        if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.75))
+        if name not in known and (near := closest(name, known, cutoff=0.75))
     ]
     do = "Rename the columns, or name them in the profile, such as columns: {prompt: QUESTION, response: REPLY}"
     return RecordError(f"the columns are {_names(filled)}", ACCEPTED, "; ".join([*hints, do]))

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from compress.data.records import CANONICAL, Message, RecordError, parse_record
 from compress.errors import DataError
+from compress.names import is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ def read_source(
         raise DataError("columns", f"unknown names {', '.join(unknown)}", ", ".join(CANONICAL))
     reader = _Reader(columns or {}, on_error == "quarantine", separator)
     place = Path(path)
-    if format == "datasets" or _is_datasets_folder(place) or (not place.exists() and _is_hub_name(str(path))):
+    if format == "datasets" or _is_datasets_folder(place) or (not place.exists() and is_hub_name(str(path), Path())):
         _read_datasets(reader, str(path), split)
     elif place.is_dir():
         for file in folder_files(place, split):
@@ -448,13 +449,6 @@ def _is_datasets_folder(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _is_hub_name(text: str) -> bool:
-    owner, slash, name = text.partition("@")[0].partition("/")
-    usable = all(part and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, name))
-    local = Path(owner).exists()  # then it is a misspelt path, and asking the hub for it only takes time
-    return bool(slash) and usable and not local and Path(name).suffix not in FORMATS and not owner.startswith(".")
-
-
 def _read_datasets(reader: _Reader, name: str, split: str | None) -> None:
     import datasets  # slow to import, and only this branch needs it
     from datasets.exceptions import DatasetsError
@@ -479,7 +473,7 @@ def _read_datasets(reader: _Reader, name: str, split: str | None) -> None:
             raise DataError(name, f"no split {wanted!r}; found {', '.join(map(str, found))}")
         found = found[key]
     for index, record in enumerate(found):
-        reader.add(record, f"{name}[{index}]", name if _is_hub_name(name) else Path(name).name)
+        reader.add(record, f"{name}[{index}]", name if is_hub_name(name, Path()) else Path(name).name)
 
 
 def _first_line(error: Exception) -> str:

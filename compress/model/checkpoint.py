@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.errors import ModelError
+from compress.files import TOKENIZER_FILES
 from compress.model.layers import LINEARS, attention, decoder_layers, embedding, is_tied, linear_path, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
@@ -40,16 +41,6 @@ __all__ = [
     "save_model",
 ]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 METADATA_FILE = "edgestill.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What transformers raises for a folder that it cannot open; anything else is our own mistake.

@@ -18,7 +18,7 @@ from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, write_bundle
+from deploy.bundle import GPTQ_FOLDER, Bundle, write_bundle
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.parity import Parity, check
@@ -55,7 +55,22 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         facts |= _export_onnx(params, ctx, source, result)
     bundle = write_bundle(ctx.out, facts)
     result.metrics["bundle_bytes"] = bundle.bytes
+    if "gptq" in params.formats:
+        result.notes.append(_counted(bundle))
     return result
+
+
+def _counted(bundle: Bundle) -> str:
+    """What ``bundle_bytes`` counts, where a folder holds more than the runtime opens."""
+    if "onnx" in bundle.formats:
+        return (
+            f"bundle_bytes counts the {len(bundle.shipped)} files that the runtime opens, with bundle.json; the GPTQ "
+            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed on the device and not counted"
+        )
+    return (
+        f"bundle_bytes counts the GPTQ checkpoint in {GPTQ_FOLDER}/, with bundle.json; there is no ONNX model, so "
+        "that edgestill can neither judge nor time this bundle"
+    )
 
 
 def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, Any], source: Path) -> None:

@@ -18,7 +18,7 @@ from random import Random
 from profiles.quickstart import grammar
 from profiles.quickstart.slots import words
 
-POOL_ROWS, REFERENCE_ROWS, TEST_ROWS = 3000, 600, 1000
+POOL_ROWS, REFERENCE_ROWS, TEST_ROWS = 9000, 600, 1000
 Pair = dict[str, str]
 
 # share of the pool that is spoilt, by kind; the rest is clean

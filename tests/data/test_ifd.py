@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compress.data.answer_loss import mark
 from compress.data.rows import Row, chat_row, make_row, read_dropped, read_rows
 from compress.data.selection.difficulty import Scored, auroc, bare, first_targets, mean_losses, ratio, select
 from compress.data.selection.params import IfdParams
@@ -32,10 +33,11 @@ class FakeTeacher:
 
     def __init__(self, tokenizer: Any, rule: Any) -> None:
         self.tokenizer, self.rule = tokenizer, rule
-        self.calls = 0
+        self.calls, self.rows, self.identity = 0, 0, "0" * 64
 
     def score(self, rows: Sequence[TokenRow], progress: object = None) -> list[Any]:
         self.calls += 1
+        self.rows += len(rows)
         return [SimpleNamespace(logprob=np.log(np.array(self._row(row), dtype=np.float32))) for row in rows]
 
     def _row(self, row: TokenRow) -> list[float]:
@@ -186,6 +188,27 @@ def test_rows_without_prompt_or_answer_stay(tmp_path: Path, tokenizer: Any) -> N
     only_texts = make_context(tmp_path, rows[5:6], name="i", teacher=FakeTeacher(tokenizer, copies), out="b")
     with pytest.raises(DataError, match="i: no row has a prompt and an answer; expected chat rows"):
         ifd(IfdParams(), only_texts)
+
+
+def test_a_loss_that_an_earlier_stage_left_is_taken_over(tmp_path: Path, tokenizer: Any) -> None:
+    teacher = FakeTeacher(tokenizer, copies)
+    rows, params = chats(12), IfdParams(keep=1.0, max_ratio=100.0)
+    plain = make_context(tmp_path, rows, name="i", teacher=teacher, out="plain")
+    ifd(params, plain)
+    assert teacher.rows == 24
+    losses = {row.id: row.scores("i")["loss"] for row in read_rows(plain.out)}
+    marked = [
+        row.with_scores("m", mean_logprob=-losses[row.id], scored=mark(teacher.identity, row, params.max_tokens))
+        for row in rows
+    ]
+    marked[0] = rows[0].with_scores("m", mean_logprob=-9.0, scored=mark("another", rows[0], params.max_tokens))
+    marked[1] = rows[1].with_scores("m", mean_logprob=-9.0, scored=mark(teacher.identity, rows[2], params.max_tokens))
+    marked[2] = rows[2].with_scores("m", mean_logprob=-9.0, scored=mark(teacher.identity, rows[2], 7))
+    teacher.rows = 0
+    taken = make_context(tmp_path, marked, name="i", teacher=teacher, out="taken")
+    ifd(params, taken)
+    assert teacher.rows == 12 + 3, "the three marks of another scorer, row and cut are not believed"
+    assert {row.id: row.scores("i")["loss"] for row in read_rows(taken.out)} == losses
 
 
 def test_cut_rows_compare_the_same_tokens(tmp_path: Path, tokenizer: Any) -> None:

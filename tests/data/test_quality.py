@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from compress.answers import TokenScores
 from compress.data.quality import disagreement, mixes
 from compress.data.quality.params import MislabelParams, StabilizeParams
 from compress.data.quality.stabilization import mislabel, stabilize
@@ -24,7 +25,6 @@ from compress.data.rows import Row, chat_row, make_row, read_dropped, read_rows,
 from compress.encoding import TokenRow, load_tokenizer
 from compress.endpoint import Reply
 from compress.errors import DataError, UserError
-from compress.teachers import TokenScores
 from tests.data.stages import make_context
 from tests.reference import quality as slow
 from tests.tiny import tiny_conversations, tiny_tokenizer

@@ -30,7 +30,8 @@ from compress.data.rows import (
     write_rows,
 )
 from compress.errors import DataError
-from compress.identities import plain_digest, source_identity
+from compress.files import file_sha256
+from compress.identities import source_identity
 
 CHAT = chat_row("dim the lights", '{"name":"set_light"}')
 
@@ -139,7 +140,7 @@ def test_hub_name_may_pin_a_revision(monkeypatch: pytest.MonkeyPatch, name: str,
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [read_source(name, split=split).rows[0].user for split in (None, "test")] == ["a", "c"]
     assert seen == [asked, asked]
-    assert len({source_identity(Path(text), plain_digest) for text in (name, "owner/rows@other")}) == 2
+    assert len({source_identity(Path(text), file_sha256) for text in (name, "owner/rows@other")}) == 2
 
 
 # ---------------------------------------------------------------------------------- refusals

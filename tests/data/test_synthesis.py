@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compress.answers import Generation
 from compress.data.quality.mixes import function_name
 from compress.data.quality.params import MislabelParams
 from compress.data.quality.stabilization import mislabel
@@ -24,7 +25,7 @@ from compress.data.synthesis.novelty import Known
 from compress.data.synthesis.params import MagpieParams
 from compress.encoding import encode_rows, load_tokenizer
 from compress.errors import ModelError, UserError
-from compress.teachers import Generation, LocalTeacher
+from compress.teachers import LocalTeacher
 from tests.data.stages import make_context
 from tests.reference import quality as slow
 from tests.tiny import ROOMS, tiny_checkpoint, tiny_conversations, tiny_tokenizer

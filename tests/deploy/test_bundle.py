@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ModelError
-from deploy.bundle import BUNDLE_FILE, bundle_bytes, open_bundle
+from deploy.bench import bench_bundle
+from deploy.bundle import BUNDLE_FILE, GPTQ_FOLDER, bundle_bytes, open_bundle, write_bundle
 from deploy.runners import GenaiRunner
 
 
@@ -88,3 +89,42 @@ def test_a_file_outside_the_bundle_is_refused(copy: Path) -> None:
 def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"bundle.json: no such file.*edgestill export"):
         open_bundle(tmp_path)
+
+
+@pytest.fixture
+def checkpoint_alone(copy: Path) -> Path:
+    """A bundle of the format gptq alone: no file for a runtime, a checkpoint of two files."""
+    info = json.loads((copy / BUNDLE_FILE).read_text(encoding="utf-8"))
+    for path in copy.iterdir():
+        path.unlink()
+    (copy / GPTQ_FOLDER).mkdir()
+    for name, text in (("config.json", "{}"), ("model.safetensors", "weights")):
+        (copy / GPTQ_FOLDER / name).write_text(text, encoding="utf-8")
+    write_bundle(copy, {"formats": ["gptq"], "model": info["model"]})
+    return copy
+
+
+def test_a_bundle_of_a_checkpoint_alone_opens_and_counts_it(checkpoint_alone: Path) -> None:
+    opened = open_bundle(checkpoint_alone)
+    size = len("{}") + len("weights") + (checkpoint_alone / BUNDLE_FILE).stat().st_size
+    assert opened.bytes == bundle_bytes(checkpoint_alone) == size
+    assert set(opened.shipped) == {"config.json", "model.safetensors"}
+    (checkpoint_alone / GPTQ_FOLDER / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"gptq/config.json: missing from the bundle"):
+        open_bundle(checkpoint_alone)
+
+
+def test_a_bundle_of_a_checkpoint_alone_is_not_run(checkpoint_alone: Path) -> None:
+    message = r"the format gptq alone: no ONNX model.*expected onnx. Export the model again with --format onnx"
+    with pytest.raises(ModelError, match=message):
+        GenaiRunner(checkpoint_alone, threads=1)
+    with pytest.raises(ModelError, match=message):
+        bench_bundle(checkpoint_alone)
+
+
+def test_what_lies_beside_the_files_of_a_bundle_is_not_counted(copy: Path) -> None:
+    before = bundle_bytes(copy)
+    (copy / GPTQ_FOLDER).mkdir()
+    (copy / GPTQ_FOLDER / "model.safetensors").write_text("of the same codes", encoding="utf-8")
+    (copy / "notes.txt").write_text("mine", encoding="utf-8")
+    assert bundle_bytes(copy) == before

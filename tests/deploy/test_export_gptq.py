@@ -58,6 +58,7 @@ def test_the_export_holds_the_codes_and_only_common_files(bits: int, sym: bool, 
         assert name == other
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     card = (out / "README.md").read_text()
+    assert "Others (GPTQModel, transformers) are not tested" in card, "a card says no more than docs/methods.md"
     assert "| exact match | 97\\|1 % |" in card
     assert f"{4 if bits == 3 else bits} bits, groups of 32 inputs, {'symmetric' if sym else 'asymmetric'}" in card
     again = export_gptq(source, tmp_path / "again", facts={"exact match": "97|1 %", "licence": "MIT"})

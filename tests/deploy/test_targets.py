@@ -28,7 +28,7 @@ def test_the_promised_targets_are_there_with_their_sources() -> None:
 
 
 def test_an_unknown_target_names_the_nearest() -> None:
-    with pytest.raises(TargetError, match=r"got 'raspbery-pi-5'.*raspberry-pi-5.*Did you mean raspberry-pi-5\?"):
+    with pytest.raises(TargetError, match=r"got 'raspbery-pi-5'.*raspberry-pi-5.*Did you mean 'raspberry-pi-5'\?"):
         load_target("raspbery-pi-5")
     with pytest.raises(TargetError, match=r"nowhere/board.yaml: no such file"):
         load_target("nowhere/board.yaml")
@@ -48,7 +48,7 @@ def _changed(tmp_path: Path, old: str, new: str) -> Path:
         ("cores: 4\n", "cores: 0\n", r"board.yaml:\d+: cores: .*greater than or equal to 1 \(got 0\)"),
         ("cores: 4\n", "core: 4\n", r"board.yaml:\d*:? ?cor"),
         ("cores: 4\n", "cores: four\n", r"board.yaml:\d+: cores: .*valid integer \(got 'four'\)"),
-        ("cores: 4\n", "cores: 4\ncorse: 4\n", r"board.yaml:\d+: corse: .*Did you mean cores\?"),
+        ("cores: 4\n", "cores: 4\ncorse: 4\n", r"board.yaml:\d+: corse: .*Did you mean 'cores'\?"),
         ("cores: 4\n", "cores: 4\ncores: 8\n", r"board.yaml:\d+: cores: the key is given twice"),
         ("usable_memory_bytes: 6000000000", "usable_memory_bytes: 9000000000", r"usable_memory_bytes 9000000000"),
         ("runtime: onnxruntime-genai", "runtime: llamacpp", r"board.yaml:\d+: runtime: .*'onnxruntime-genai'"),

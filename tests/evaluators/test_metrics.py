@@ -1,8 +1,8 @@
-"""Scores of calls and texts: hand-made cases, and what must never count as right."""
+"""Scores of calls: hand-made cases, and what must never count as right."""
 
 import pytest
 
-from evaluators.metrics import parse_call, score_calls, score_text
+from evaluators.metrics import parse_call, score_calls
 
 RIGHT = '{"name":"set_light","args":{"room":"kitchen","level":30}}'
 
@@ -54,11 +54,3 @@ def test_bad_references_and_lengths_are_errors():
         score_calls([RIGHT], ["no call"])
     with pytest.raises(ValueError, match="1 predictions for 2 references"):
         score_calls([RIGHT], [RIGHT, RIGHT])
-    with pytest.raises(ValueError, match="1 predictions for 0 references"):
-        score_text(["a"], [])
-
-
-def test_text_scores():
-    scores = score_text(["a b c", " x ", "", ""], ["a b d", "x", "", "y"])
-    assert list(scores["exact_text"]) == [0, 1, 1, 0]
-    assert scores["token_f1"] == pytest.approx([2 / 3, 1, 1, 0])

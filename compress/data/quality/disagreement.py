@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.teachers import TokenScores
+from compress.answers import TokenScores
 
 Kind = Literal["agrees", "unsure", "contradicts", "unmeasured"]
 

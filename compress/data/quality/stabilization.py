@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.context import StageContext, StageResult
+from compress.data.answer_loss import mark
 from compress.data.chunks import map_chunks
 from compress.data.condensation.k_center import farthest_points
 from compress.data.embeddings import hashed, normalised
@@ -110,9 +111,10 @@ def _contradicted(
         rows[index] = rows[index].with_scores(
             ctx.name,
             agrees=bool(found.agrees),
-            mean_logprob=round(found.mean_logprob, 5),
+            mean_logprob=round(found.mean_logprob, 6),
             margin=round(found.margin, 4),
             position=int(found.position),
+            scored=mark(teacher.identity, rows[index], params.max_tokens),
         )
         if kind == "contradicts":
             suspects.append(index)

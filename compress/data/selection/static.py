@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.context import StageContext, StageResult
+from compress.data.answer_loss import known
 from compress.data.chunks import map_chunks
 from compress.data.funnel import finish
 from compress.data.quality.mixes import label_of
@@ -167,7 +168,8 @@ def _scorer(params: IfdParams, ctx: StageContext) -> Teacher:
 def answer_losses(rows: Sequence[Row], scorer: Teacher, params: IfdParams, ctx: StageContext) -> NDArray[np.float64]:
     """Mean loss per answer token (nats) with and without the prompt: (rows, 2) float64; NaN where no token is left.
 
-    Scored in chunks that are kept under ``ctx.work``, so that a killed run goes on where it was.
+    Scored in chunks that are kept under ``ctx.work``, so that a killed run goes on where it was. A loss that an earlier
+    stage measured with the same scorer on the same row is taken over.
     """
 
     def score(chunk: Sequence[Row]) -> NDArray[np.float64]:
@@ -179,7 +181,11 @@ def answer_losses(rows: Sequence[Row], scorer: Teacher, params: IfdParams, ctx: 
             emptied = [_without_prompt(row) for row in chunk]
             whole = encode_rows(emptied, tokenizer, max_tokens=params.max_tokens, truncate=True)
             alone = [first_targets(row, whole_row.targets) for row, whole_row in zip(whole, full, strict=True)]
-        return np.stack([mean_losses(scorer.score(full)), mean_losses(scorer.score(alone))], axis=1)
+        losses = [known(scorer.identity, row, params.max_tokens) for row in chunk]
+        unknown = [at for at, loss in enumerate(losses) if loss is None]
+        found = np.array([np.nan if loss is None else loss for loss in losses])
+        found[unknown] = mean_losses(scorer.score([full[at] for at in unknown]))
+        return np.stack([found, mean_losses(scorer.score(alone))], axis=1)
 
     return map_chunks(rows, score, folder=ctx.work, name="losses", size=CHUNK, progress=ctx.progress, what="ifd")
 

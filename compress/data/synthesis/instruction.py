@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from compress.answers import Generation
 from compress.context import StageContext, StageResult
 from compress.data.funnel import finish
 from compress.data.journal import Journal
@@ -28,7 +29,7 @@ from compress.data.synthesis.novelty import Known
 from compress.data.synthesis.params import MagpieParams
 from compress.encoding import bare_user_prefix, decode, encode_prompt, end_of_turn, special_ids
 from compress.errors import ModelError, UserError
-from compress.teachers import Generation, Teacher
+from compress.teachers import Teacher
 
 SOURCE = "magpie"
 DRAWS_PER_ROW = 10

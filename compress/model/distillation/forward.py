@@ -1,10 +1,10 @@
-"""The forward pass that training needs and no more: hidden states at the kept positions of a batch.
+"""The forward pass that training and scoring need and no more: hidden states at the kept positions of a batch.
 
 `kept_states` computes what the library's model computes for Llama, Qwen2 and Qwen3 (a test holds them equal, values
-and gradients), with less work: query, key and value in one product, gate and up in another, norm and rotation with
-closed-form gradients in half the memory passes, and the last layer's output projection and feed-forward part at kept
-positions only. A model with anything beyond that (sliding windows, attention dropout, another class) goes through
-the library's own forward. Knows nothing of losses.
+and gradients), with less work: the operators of ``kernels``, query, key and value in one product, gate and up in
+another, and the last layer's output projection and feed-forward part at kept positions only. Products run in the
+number format that is asked for, the residual stream stays in fp32. A model with anything beyond that (sliding windows,
+attention dropout, another class) goes through the library's own forward. Knows nothing of losses.
 
 Shapes: B rows, T tokens, N kept positions, H width, D head size.
 """
@@ -17,18 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.model.distillation.packing import Batch
+from compress.model.distillation.kernels import (
+    AddLinear,
+    AttentionShape,
+    Gated,
+    NormLinear,
+    RootMeanSquare,
+    ShortAttention,
+    rotated,
+)
 from compress.model.layers import linears
 from compress.model.shapes import SUPPORTED
 
+# Up to here the matrix of attention weights is small and plain products beat the fused kernel on a CPU by 2 to 3 times.
+SHORT = 128
 
-def kept_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states (N, H) of ``batch``, whose rows are padded on the right (no mask is needed, see `packing`)."""
+
+def kept_states(model: nn.Module, ids: Tensor, keep: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Last hidden states (N, H) of rows ``ids`` (B, T), padded on the right (no mask is needed, see `packing`).
+
+    ``keep`` (N,) are places in the flattened (B * T), those of padding not among them. ``dtype`` is the number format
+    of the matrix products: the weights' own, or bf16.
+    """
     decoder = cast(Any, model).model
     if is_plain(model):
-        return _decoder(decoder, batch)
-    states: Tensor = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return states.reshape(-1, states.shape[-1]).index_select(0, batch.keep)
+        return _decoder(decoder, ids, keep, dtype)
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1]).index_select(0, keep)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -40,6 +56,7 @@ def is_plain(model: nn.Module) -> bool:
         and config._attn_implementation == "sdpa"
         and not getattr(config, "attention_dropout", 0.0)
         and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+        and config.hidden_act in ("silu", "swish")
         and not getattr(decoder, "gradient_checkpointing", False)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
         and all(
@@ -49,98 +66,74 @@ def is_plain(model: nn.Module) -> bool:
     return plain
 
 
-def _decoder(decoder: Any, batch: Batch) -> Tensor:
+def _decoder(decoder: Any, ids: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     table = decoder.embed_tokens
-    states = functional.embedding(batch.input_ids, table.weight, padding_idx=table.padding_idx)  # (B, T, H)
-    places = torch.arange(states.shape[1], device=states.device)[None]
+    states = functional.embedding(ids, table.weight, padding_idx=table.padding_idx)  # (B, T, H)
+    rows, length = ids.shape
+    places = torch.arange(length, device=states.device)[None]
     cos, sin = decoder.rotary_emb(states, places)  # (1, T, D), both halves alike
     half = cos.shape[-1] // 2
     rotation = cos[:, :, None, :half], sin[:, :, None, :half]  # (1, T, 1, D / 2)
+    states = states.flatten(0, 1)  # (B * T, H)
     last = len(decoder.layers) - 1
     for index, layer in enumerate(decoder.layers):
-        mixed = _attention(layer.self_attn, _norm(layer.input_layernorm, states), rotation)  # (B, T, heads * D)
+        block = layer.self_attn
+        joint = _norm_linear(layer.input_layernorm, states, dtype, block.q_proj, block.k_proj, block.v_proj)
+        mixed = _attention(block, joint.view(rows, length, -1, block.head_dim), rotation)  # (B * T, heads * D)
         if index == last:
-            mixed = mixed.reshape(-1, mixed.shape[-1]).index_select(0, batch.keep)
-            states = states.reshape(-1, states.shape[-1]).index_select(0, batch.keep)
-        states = states + layer.self_attn.o_proj(mixed)
-        states = states + _feed_forward(layer.mlp, _norm(layer.post_attention_layernorm, states))
-    return _norm(decoder.norm, states)
+            mixed, states = mixed.index_select(0, keep), states.index_select(0, keep)
+        states = _add_linear(states, mixed, block.o_proj, dtype)
+        joint = _norm_linear(layer.post_attention_layernorm, states, dtype, layer.mlp.gate_proj, layer.mlp.up_proj)
+        gated = cast(Any, Gated.apply)(joint)
+        states = _add_linear(states, gated, layer.mlp.down_proj, dtype)
+    norm = decoder.norm
+    return cast(Tensor, cast(Any, RootMeanSquare.apply)(states, norm.weight, norm.variance_epsilon))
 
 
-def _attention(block: Any, states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    size = block.head_dim
-    joint = _joint(states, block.q_proj, block.k_proj, block.v_proj)
-    joint = joint.view(*states.shape[:2], -1, size)  # (B, T, heads + 2 kv, D)
-    kv = block.k_proj.out_features // size
-    heads = joint.shape[2] - 2 * kv
+def _norm_linear(norm: Any, states: Tensor, dtype: torch.dtype, *parts: nn.Linear) -> Tensor:
+    """Several linears behind one norm, as one product: (M, all of their outputs) in ``dtype``."""
+    weight = torch.cat([part.weight for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    apply = cast(Any, NormLinear.apply)
+    return cast(Tensor, apply(states, norm.weight, weight, bias, norm.variance_epsilon, _number(dtype, states)))
+
+
+def _add_linear(states: Tensor, inner: Tensor, part: nn.Linear, dtype: torch.dtype) -> Tensor:
+    return cast(Tensor, cast(Any, AddLinear.apply)(states, inner, part.weight, part.bias, _number(dtype, states)))
+
+
+def _number(dtype: torch.dtype, states: Tensor) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else states.dtype
+
+
+def _attention(block: Any, joint: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Causal attention over ``joint`` (B, T, heads + 2 kv, D), query, key and value unrotated: (B * T, heads * D)."""
+    kv = block.k_proj.out_features // block.head_dim
+    shape = AttentionShape(heads=joint.shape[2] - 2 * kv, kv_heads=kv, scale=block.scaling)
+    gains = None, None
     if hasattr(block, "q_norm"):  # Qwen3 normalises each head
-        query, key = _norm(block.q_norm, joint[:, :, :heads]), _norm(block.k_norm, joint[:, :, heads:-kv])
-        turned = cast(Tensor, _Rotate.apply(torch.cat([query, key], dim=2), *rotation))  # type: ignore[no-untyped-call]
+        gains = block.q_norm.weight, block.k_norm.weight
+        shape = AttentionShape(shape.heads, kv, block.scaling, epsilon=block.q_norm.variance_epsilon)
+    if joint.shape[1] <= SHORT and joint.device.type == "cpu":
+        mixed = cast(Any, ShortAttention.apply)(joint, *gains, *rotation, shape)
     else:
-        turned = cast(Tensor, _Rotate.apply(joint[:, :, :-kv].to(rotation[0].dtype), *rotation))  # type: ignore[no-untyped-call]
-    query, key = torch.split(turned.transpose(1, 2), [heads, kv], dim=1)  # (B, heads, T, D)
-    value = joint[:, :, -kv:].to(turned.dtype).transpose(1, 2)
+        mixed = _long_attention(joint, gains, rotation, shape)
+    return cast(Tensor, mixed).flatten(0, 1)
+
+
+def _long_attention(
+    joint: Tensor, gains: tuple[Tensor | None, Tensor | None], rotation: tuple[Tensor, Tensor], shape: AttentionShape
+) -> Tensor:
+    """The same by the library's fused kernel, which never holds the matrix of attention weights."""
+    heads, kv = shape.heads, shape.kv_heads
+    query, key, value = torch.split(joint, [heads, kv, kv], dim=2)
+    turned = []
+    for part, gain in zip((query, key), gains, strict=True):
+        wide = part.to(rotation[0].dtype)
+        if gain is not None:
+            wide = cast(Any, RootMeanSquare.apply)(wide, gain, shape.epsilon)
+        turned.append(rotated(wide, *rotation).to(joint.dtype).transpose(1, 2))
     mixed = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=block.scaling, enable_gqa=heads != kv
+        turned[0], turned[1], value.transpose(1, 2), is_causal=True, scale=shape.scale, enable_gqa=heads != kv
     )
     return mixed.transpose(1, 2).flatten(2)
-
-
-def _feed_forward(block: Any, states: Tensor) -> Tensor:
-    gate, up = _joint(states, block.gate_proj, block.up_proj).chunk(2, dim=-1)
-    return cast(Tensor, block.down_proj(block.act_fn(gate) * up))
-
-
-def _joint(states: Tensor, *parts: nn.Linear) -> Tensor:
-    """Several linears as one product."""
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return functional.linear(states, torch.cat([part.weight for part in parts]), bias)
-
-
-def _norm(norm: Any, states: Tensor) -> Tensor:
-    return cast(Tensor, _RootMeanSquare.apply(states.float(), norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
-
-
-class _RootMeanSquare(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), over the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        size = states.shape[-1]
-        inverse = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(size).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(states, weight, inverse)
-        scaled: Tensor = states * inverse
-        return scaled.mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
-        states, weight, inverse = ctx.saved_tensors
-        unit = states * inverse
-        product = outer[0] * unit
-        along = (product @ weight).div_(states.shape[-1])[..., None]  # mean of gradient times unit, per position
-        inner = (outer[0] * weight).sub_(unit.mul_(along)).mul_(inverse)
-        return inner, product.flatten(0, -2).sum(0), None
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary position embedding, halves layout: the gradient is the rotation backwards."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(states, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(outer[0], cos, -sin), None, None
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.empty(states.shape, dtype=states.dtype, device=states.device)
-    (first, second), (left, right) = states.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left)
-    left.addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right)
-    right.addcmul_(first, sin)
-    return turned

@@ -151,16 +151,59 @@ def combined(
     logits: Tensor, labels: Tensor, targets: Dense | Sparse | None, weights: LossWeights, *, with_grad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The mix of `LossWeights`: (loss, ce, kl), each (N,), and the gradient (N, V), ``None`` when not asked for."""
-    ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
     if targets is None or weights.kd_weight == 0.0:
+        ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
         return ce, ce, torch.zeros_like(ce), grad if with_grad else None
-    kl, kl_grad = forward_kl(logits, targets, temperature=weights.temperature)
+    if weights.temperature == 1.0:
+        return _combined_at_one(logits, labels, targets, weights)
     share = weights.kd_weight
+    ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
+    kl, kl_grad = forward_kl(logits, targets, temperature=weights.temperature)
     squared = share * weights.temperature**2
     loss = (1.0 - share) * ce + squared * kl
     if not with_grad:
         return loss, ce, kl, None
     return loss, ce, kl, grad.mul_(1.0 - share).add_(kl_grad, alpha=squared)
+
+
+def _combined_at_one(
+    logits: Tensor, labels: Tensor, targets: Dense | Sparse, weights: LossWeights
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`combined` at temperature 1, where both losses share one softmax: half the passes over the logits.
+
+    The gradient is q - kd_weight * p - (1 - kd_weight) * smoothed label, with p the teacher's distribution; see
+    `_kl_sparse` for its tail.
+    """
+    share, smoothing, given = weights.kd_weight, weights.label_smoothing, labels[:, None]
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
+    ce = lse[:, 0] - (1.0 - smoothing) * logits.gather(1, given)[:, 0]
+    if smoothing:
+        ce = ce - smoothing * logits.mean(dim=-1)
+    if isinstance(targets, Dense):
+        teacher = targets.logprobs.exp()
+        # a probability of zero contributes zero, though its logarithm is -inf
+        finite = targets.logprobs.clamp_min(torch.finfo(logits.dtype).min)
+        kl = (teacher * (finite - (logits - lse))).sum(dim=-1)
+        grad = (logits - lse).exp_().sub_(teacher, alpha=share)
+    else:
+        kl, grad = _sparse_at_one(logits, lse, targets, share)
+    step = (1.0 - share) * (1.0 - smoothing)
+    grad.scatter_add_(1, given, grad.new_full((1, 1), -step).expand_as(given))
+    if smoothing:
+        grad -= (1.0 - share) * smoothing / logits.shape[1]
+    return (1.0 - share) * ce + share * kl, ce, kl, grad
+
+
+def _sparse_at_one(logits: Tensor, lse: Tensor, targets: Sparse, share: float) -> tuple[Tensor, Tensor]:
+    """KL of `_kl_sparse`, and q - share * p with the tail's p spread over the others as the student spreads it."""
+    top = logits.gather(1, targets.ids) - lse  # (N, K), log q_i
+    probabilities, tail = targets.logprobs.exp(), targets.log_tail.exp()
+    grad = (logits - lse).exp_().scatter_(1, targets.ids, 0.0)  # (N, V), q_j of the others
+    mass = grad.sum(dim=-1).clamp_min_(torch.finfo(logits.dtype).tiny)
+    kl = torch.where(probabilities == 0, 0.0, probabilities * (targets.logprobs - top)).sum(dim=-1)
+    kl = kl + torch.where(tail == 0, 0.0, tail * (targets.log_tail - mass.log()))
+    grad *= (1.0 - share * tail / mass)[:, None]
+    return kl, grad.scatter_(1, targets.ids, top.exp_().sub_(probabilities, alpha=share))
 
 
 class _Fused(torch.autograd.Function):
@@ -175,8 +218,9 @@ class _Fused(torch.autograd.Function):
         targets: Targets | None,
         weights: LossWeights,
         chunk: int,
-        with_grad: bool,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        with_grad, low = dtype is not None, head if dtype is None else head.to(dtype)
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)  # loss, ce, kl
         d_hidden = torch.empty_like(hidden) if with_grad else None
@@ -189,8 +233,9 @@ class _Fused(torch.autograd.Function):
             *losses, grad = combined(logits, labels[start:stop], aim, weights, with_grad=with_grad)
             sums += torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
             if grad is not None and d_hidden is not None and d_head is not None:
-                d_hidden[start:stop] = grad @ head
-                d_head += grad.T @ part
+                grad = grad.to(low.dtype)
+                d_hidden[start:stop] = grad @ low
+                d_head += grad.T @ part.to(low.dtype)
         ctx.save_for_backward(d_hidden, d_head)
         loss, ce, kl = sums.to(kind).unbind()
         ctx.mark_non_differentiable(ce, kl)
@@ -210,14 +255,17 @@ def fused_loss(
     targets: Targets | None,
     weights: LossWeights,
     *,
+    dtype: torch.dtype | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> LossParts:
     """Sum of the mixed loss over N positions, from ``hidden`` (N, H) and ``head`` (V, H), ``labels`` (N,) int64.
 
     ``head`` holds only the rows that the tokenizer can produce, so that padded rows of the vocabulary take no
     probability. At most ``chunk_elements`` logits exist at a time. Differentiable once in ``hidden`` and ``head``.
+    ``dtype`` is the number format of the two products behind the loss; the logits themselves are never rounded to bf16.
     """
     chunk = max(1, chunk_elements // head.shape[0])
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    products = (dtype if dtype == torch.bfloat16 else hidden.dtype) if with_grad else None
     apply = cast(Any, _Fused.apply)
-    return LossParts(*apply(hidden, head, labels, targets, weights, chunk, with_grad))
+    return LossParts(*apply(hidden, head, labels, targets, weights, chunk, products))

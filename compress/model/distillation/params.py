@@ -45,7 +45,12 @@ class LogitsParams(Params):
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak of the cosine schedule")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising rate")
     final_lr_ratio: float = Field(0.02, ge=0, le=1, description="the last rate, as a share of the peak")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled decay of the matrices (AdamW)")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon orthogonalizes the steps of the layers' matrices: better per step, for some more "
+        "time; needs a learning rate of its own",
+    )
+    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled decay of the matrices")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     average_decay: float = Field(
         0.0, ge=0, lt=1, description="decay per step of an average of the weights, which is then kept; 0: none"

@@ -6,9 +6,7 @@ the training's state) lies in the work folder. Knows nothing of profiles or of t
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -21,7 +19,6 @@ from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
-from compress.model.distillation.resume import write_json
 from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import (
@@ -69,7 +66,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         table = RowTable(rows, vocab=vocab, where=ctx.name)
         check_rows_fit(table, configs, where=ctx.name)
-        bf16 = _bf16(params, student, ctx.work)
+        bf16 = choose_bf16(params.precision, width=student.config.hidden_size)
         before = count_parameters(teacher)
         target_fn, figures = _targets(params, ctx, teacher, table, header=(tokenizer, ctx.teacher), bf16=bf16)
         del teacher  # with cached targets this frees its memory before training
@@ -93,6 +90,7 @@ def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSetti
         learning_rate=params.learning_rate,
         warmup_ratio=params.warmup_ratio,
         final_lr_ratio=params.final_lr_ratio,
+        optimizer=params.optimizer,
         weight_decay=params.weight_decay,
         grad_clip=params.grad_clip,
         average_decay=params.average_decay,
@@ -103,18 +101,6 @@ def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSetti
         precision="bf16" if bf16 else "fp32",
         seed=seed,
     )
-
-
-def _bf16(params: LogitsParams, student: PreTrainedModel, work: Path) -> bool:
-    """The number format; what was measured once holds for a resumed run too."""
-    path = work / "precision.json"
-    if path.is_file():
-        return bool(json.loads(path.read_text(encoding="utf-8"))["bf16"])
-    config = student.config
-    tokens = min(params.batch_tokens, 4096)
-    chosen = choose_bf16(params.precision, tokens=tokens, width=config.hidden_size, inner=config.intermediate_size)
-    write_json(path, {"bf16": chosen})
-    return chosen
 
 
 def _targets(

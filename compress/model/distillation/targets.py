@@ -40,11 +40,15 @@ class OnlineTargets:
     def __init__(self, teacher: nn.Module, *, vocab: int, temperature: float = 1.0, bf16: bool = False) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.head = output_head(teacher).weight[:vocab]  # padded rows of the vocabulary take no probability
-        self.temperature, self.bf16 = temperature, bf16
+        self.temperature, self.dtype = temperature, torch.bfloat16 if bf16 else torch.float32
 
     def __call__(self, batch: Batch) -> States:
-        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return States(kept_states(self.teacher, batch).to(self.head.dtype), self.head, self.temperature)
+        if self.head.device != batch.input_ids.device:  # the trainer has moved the student to a GPU
+            self.teacher = self.teacher.to(batch.input_ids.device)
+            self.head = output_head(self.teacher).weight[: len(self.head)]
+        with torch.no_grad():
+            states = kept_states(self.teacher, batch.input_ids, batch.keep, dtype=self.dtype)
+            return States(states.to(self.head.dtype), self.head, self.temperature)
 
 
 class CachedTargets:

@@ -29,6 +29,7 @@ from compress.errors import ModelError, StoreError, TrainingError, UserError
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import LossParts, LossWeights, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
+from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, Indices, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.resume import read_tensors, save_tensors
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
@@ -69,15 +70,16 @@ class TrainReport:
 class DistillationModel(nn.Module):
     """A student with its loss, one module, so that a data-parallel wrapper sees every use of its weights."""
 
-    def __init__(self, student: nn.Module, weights: LossWeights, vocab: int) -> None:
+    def __init__(self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False) -> None:
         super().__init__()
         self.student, self.weights, self.vocab = student, weights, vocab
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     def forward(self, batch: Batch, targets: Targets | None) -> LossParts:
         """Sums of the losses over the kept positions of ``batch``."""
-        hidden = kept_states(self.student, batch)
+        hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
-        return fused_loss(hidden, head, batch.labels, targets, self.weights)
+        return fused_loss(hidden, head, batch.labels, targets, self.weights, dtype=self.dtype)
 
 
 @dataclass(slots=True)
@@ -187,16 +189,13 @@ class _Run:
 
     def _bf16(self) -> bool:
         head = output_head(self.student).weight
-        tokens = min(self.settings.batch_tokens, 4096)
-        width = int(head.shape[1])
-        return choose_bf16(
-            self.settings.precision, tokens=tokens, width=width, inner=4 * width, device=head.device.type
-        )
+        return choose_bf16(self.settings.precision, width=int(head.shape[1]), device=head.device.type)
 
     def _prepare(self, vocab: int) -> None:
-        # accelerate keeps the number format in a process-wide singleton and refuses a second one with another value
+        # accelerate keeps its settings in a process-wide singleton and refuses a second one with other values; the
+        # number format is the forward pass's own affair, since autocast costs more than it wins at these sizes
         AcceleratorState._reset_state(True)
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.at.bf16 else "no")
+        self.accelerator = Accelerator(mixed_precision="no")
         if self.accelerator.num_processes != 1:
             raise UserError(
                 self.ctx.name,
@@ -204,19 +203,16 @@ class _Run:
                 "one: each would train on all rows",
                 "Start edgestill without a launcher",
             )
-        matrices = [p for p in self.named.values() if p.ndim > 1]
-        vectors = [p for p in self.named.values() if p.ndim <= 1]  # norm gains and biases are not decayed
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            fused=True,
+        settings = self.settings
+        optimizer = make_optimizer(
+            self.student,
+            settings.optimizer,
+            learning_rate=settings.learning_rate,
+            decay=settings.weight_decay,
+            betas=settings.betas,
+            bf16=self.at.bf16,
         )
-        model = DistillationModel(self.student, self.settings.loss, vocab)
+        model = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class RecoveryParams(Params):
         default=3e-4, gt=0, le=1, description="peak; Minitron advises about a fifth of the original training's peak"
     )
     warmup_ratio: float = Field(default=0.05, ge=0, le=1, description="share of the steps with a rising rate")
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="as in model.distillation.logits")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="decoupled decay of the matrices")
     kd_weight: float = Field(
         default=1.0, ge=0, le=1, description="share of the KL to the unpruned logits; the rest is cross-entropy"

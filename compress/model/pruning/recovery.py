@@ -20,7 +20,7 @@ from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED
 from compress.model.distillation.packing import RowTable
-from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.targets import OnlineTargets, check_rows_fit
 from compress.model.distillation.trainer import train
 from compress.model.pruning.params import RecoveryParams
@@ -50,8 +50,9 @@ def recover(
     if params.kd_weight > 0:
         check_folder(folder)
         teacher = load_model(folder)
+        bf16 = choose_bf16(params.precision, width=teacher.config.hidden_size)
         check_rows_fit(RowTable(rows, vocab=vocab, where=ctx.name), [teacher.config.to_dict()], where=ctx.name)
-        target_fn = OnlineTargets(teacher, vocab=vocab, temperature=params.temperature)
+        target_fn = OnlineTargets(teacher, vocab=vocab, temperature=params.temperature, bf16=bf16)
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     report = train(student, target_fn, rows, settings(params, steps, ctx.seed), ctx, ctx.work / LOG, vocab=vocab)
@@ -79,6 +80,7 @@ def settings(params: RecoveryParams, steps: int, seed: int) -> TrainSettings:
         batch_tokens=params.batch_tokens,
         learning_rate=params.learning_rate,
         warmup_ratio=params.warmup_ratio,
+        optimizer=params.optimizer,
         weight_decay=params.weight_decay,
         precision=params.precision,
         seed=seed,

@@ -11,6 +11,7 @@ from compress.model.distillation.losses import (
     LossWeights,
     Sparse,
     States,
+    combined,
     cross_entropy,
     forward_kl,
     fused_loss,
@@ -90,6 +91,34 @@ def test_sparse_over_the_whole_vocabulary_is_dense(temperature):
     sparse = forward_kl(student, top_k(teacher, V, temperature), temperature=temperature)
     torch.testing.assert_close(sparse[0], dense[0])
     torch.testing.assert_close(sparse[1], dense[1])
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("k", [1, 4, V, None])
+def test_the_shared_softmax_gives_the_sum_of_both_losses(k, smoothing, share):
+    teacher, student, given = draw(N, V, seed=1), draw(N, V, seed=2), labels()
+    targets = Dense(log_softmax_at(teacher, 1.0)) if k is None else top_k(teacher, k)
+    loss, ce, kl, grad = combined(student, given, targets, LossWeights(share, 1.0, smoothing))
+    alone = cross_entropy(student, given, label_smoothing=smoothing), forward_kl(student, targets)
+    torch.testing.assert_close(ce, alone[0][0])
+    torch.testing.assert_close(kl, alone[1][0])
+    torch.testing.assert_close(loss, (1 - share) * alone[0][0] + share * alone[1][0])
+    torch.testing.assert_close(grad, (1 - share) * alone[0][1] + share * alone[1][1])
+
+
+def test_bf16_products_change_the_gradients_little_and_the_loss_not_at_all():
+    teacher, given = draw(N, V, seed=1).float(), labels()
+    targets = Dense(log_softmax_at(teacher, 1.0))
+    found = []
+    for dtype in (None, torch.bfloat16):
+        hidden, head = draw(N, H, seed=3).float().requires_grad_(), draw(V, H, seed=4).float().requires_grad_()
+        loss = fused_loss(hidden, head, given, targets, LossWeights(0.5), dtype=dtype).loss
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, head.grad))
+    assert found[0][0] == found[1][0]
+    for exact, rounded in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
 
 
 def test_kl_is_zero_with_zero_gradient_exactly_where_student_is_teacher():

@@ -400,16 +400,19 @@ def test_schedule_rises_then_falls():
     assert learning_rate(0, 1, make(learning_rate=1.0)) == 1.0
 
 
-def test_bf16_is_taken_only_where_the_cpu_has_it_and_it_wins(monkeypatch):
-    shape = {"tokens": 4, "width": 4, "inner": 4}
-    assert choose_bf16("bf16", **shape)
-    assert not choose_bf16("fp32", **shape)
-    for has, ratio, expected in [(False, 0.1, False), (True, 0.1, True), (True, 0.9, False)]:
-        monkeypatch.setattr(settings_module, "cpu_has_bf16", lambda has=has: has)
-        monkeypatch.setattr(
-            settings_module, "_seconds", lambda left, _, ratio=ratio: ratio if left.dtype == torch.bfloat16 else 1.0
-        )
-        assert choose_bf16("auto", **shape) is expected
+@pytest.mark.parametrize(
+    ("precision", "has", "width", "expected"),
+    [
+        ("bf16", False, 4, True),
+        ("fp32", True, 4096, False),
+        ("auto", False, 4096, False),
+        ("auto", True, 4096, True),
+        ("auto", True, 64, False),
+    ],
+)
+def test_bf16_is_taken_where_the_cpu_has_it_and_the_model_is_wide_enough(monkeypatch, precision, has, width, expected):
+    monkeypatch.setattr(settings_module, "cpu_has_bf16", lambda: has)
+    assert choose_bf16(precision, width=width) is expected
 
 
 def test_bf16_trains_and_then_fp32_in_the_same_process(context):

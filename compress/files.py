@@ -1,0 +1,29 @@
+"""What more than one package must know of files in the same way: their digests, and which ones make a tokenizer.
+
+`file_sha256` digests a file, `TOKENIZER_FILES` are the files of a model folder that decide how it reads and writes
+text. Imports nothing of ours and no package; knows nothing of stores, models or bundles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+# The chat template stands in a file of its own, in ``chat_template.json`` (older tools) or in tokenizer_config.json.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex; the file is read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
