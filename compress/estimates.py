@@ -31,6 +31,7 @@ BASE_BYTES = 800_000_000
 # 480 MB more after 60 steps and 1140 MB more after 500, in fp32 nothing.
 BF16_STEP_BYTES, BF16_MOST_BYTES = 8e6, 1.2e9
 BF16_SETS = frozenset({"avx512_bf16", "amx_bf16"})
+BF16_WIDTH = 128  # as in compress.model.distillation.settings, which loads torch: a test holds them equal
 # how often the teacher reads all rows; with and without the prompt for IFD, the prompts alone for embeddings
 TEACHER_SCANS = {"mislabel": 1.2, "ifd": 1.6, "k_center": 0.6, "stabilize": 0.6}
 LAYER_SECONDS = 0.4e-3  # overhead of one layer in one decoding step of torch on a CPU
@@ -248,7 +249,8 @@ class _Walk:
     def _training_memory(self, state: _State, params: Any, steps: float) -> None:
         """Raise the peak to what training ``state`` for ``steps`` takes; ``params`` has batch_tokens and precision."""
         config, tokens = state.config, params.batch_tokens
-        if params.precision != "fp32" and BF16_SETS & set(self.plan.facts.device["instruction_sets"]):
+        able = BF16_SETS & set(self.plan.facts.device["instruction_sets"]) and int(config["hidden_size"]) >= BF16_WIDTH
+        if params.precision == "bf16" or (params.precision == "auto" and able):
             self.bf16_steps += steps
         # per token and layer about 16 hidden-sized and 4 FFN-sized float32 values are kept for the backward pass,
         # and three copies of the logits (student, gradient, targets) at the end
