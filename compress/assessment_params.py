@@ -1,7 +1,8 @@
-"""Parameters of evaluation and of the gate; imports only pydantic."""
+"""Parameters of evaluation and of the gate, and which limits can be judged at all; imports only pydantic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -15,8 +16,12 @@ METRICS: dict[Task, tuple[str, ...]] = {  # what each task measures
     "agreement": ("kl", "top1_agreement"),
 }
 SIZES = ("parameters", "bundle_bytes")  # known without a task
+OF_BOTH = METRICS["agreement"]  # told of two models at once: the teacher has none of its own to compare with
 DEFAULT_TASKS: tuple[Task, ...] = ("perplexity", "agreement")
 Comparison = Literal["min", "max", "max_drop", "max_rise", "min_ratio", "max_ratio"]
+
+
+ABSOLUTE: tuple[Comparison, ...] = ("min", "max")  # judged without the teacher's figure
 
 
 class EvaluateParams(Params):
@@ -56,6 +61,36 @@ class LimitParams(Params):
             if value is not None:
                 return name, float(value)
         raise AssertionError("validated above: one comparison is given")
+
+
+def unjudgeable(
+    limit: LimitParams, tasks: Sequence[Task], *, bundle: bool, teacher: bool
+) -> tuple[str, str, str, str] | None:
+    """Why ``limit`` can never be judged: (key, got, allowed, what to do); None where it can.
+
+    Args:
+        tasks: what is evaluated.
+        bundle: whether a bundle is exported.
+        teacher: whether there is a teacher.
+    """
+    name, (kind, _) = limit.metric, limit.comparison
+    measured = [metric for task in tasks for metric in METRICS[task] if teacher or metric not in OF_BOTH]
+    measured += [size for size in SIZES if bundle or size != "bundle_bytes"]
+    if name not in measured:
+        task = next((task for task, names in METRICS.items() if name in names), None)
+        do = "Switch the export on, or take the limit out." if name == "bundle_bytes" else "Name a teacher."
+        if task is not None and task not in tasks:
+            do = f"Add {task} to evaluate.tasks, or take the limit out."
+        return "metric", f"{name} is not measured by this profile", f"one of {', '.join(measured)}", do
+    if kind in ABSOLUTE:
+        return None
+    if name in OF_BOTH:
+        got = f"{name} already compares with the teacher, who has no {name} of its own"
+        return kind, got, " or ".join(ABSOLUTE), f"Write {{metric: {name}, {'max' if name == 'kl' else 'min'}: ...}}."
+    if not teacher:
+        got = f"{kind} compares with the teacher, and the profile names none"
+        return kind, got, " or ".join(ABSOLUTE), "Name a teacher."
+    return None
 
 
 class GateParams(Params):

@@ -280,13 +280,30 @@ def bench(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time a bundle on this machine: prefill, decode, first token, peak memory."""
+    """Time a bundle on this machine: prefill, decode, first token, peak memory; beside it the estimate for a target."""
     from compress.single import Request, run_stage, stage_and_params
 
     line, params = stage_and_params("deploy.bench.local", overrides or [])
-    request = Request(line, params, {"bundle": bundle}, target=_target(target), threads=threads)
+    device = _target(target)
+    request = Request(line, params, {"bundle": bundle}, target=device, threads=threads)
     result = run_stage(request, progress(quiet=as_json))
-    _show_result(result.metrics, result.notes, as_json=as_json)
+    notes, measured = list(result.notes), dict(result.metrics)
+    if device is not None:
+        from compress import doctor
+        from deploy.targets import unlike
+
+        apart = unlike(device, doctor.machine(threads))
+        notes.append(
+            f"this machine is not {device.name}: {'; '.join(apart)}"
+            if apart
+            else f"nothing tells this machine from {device.name}; the estimate remains one"
+        )
+    foretold = None if as_json else measured.pop("target_estimate", None)
+    _show_result(measured, notes, as_json=as_json)
+    if foretold is not None:
+        from compress import terminal
+
+        terminal.show_target(measured, foretold, terminal.console())
 
 
 @app.command("eval")

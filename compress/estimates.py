@@ -18,13 +18,21 @@ from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
 from compress.model.shapes import check_config, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
-from compress.run_record import EstimateRecord
+from compress.run_record import TIME_OF_ALL, TIME_TO_RUN, EstimateRecord
 
 BYTES_PER_TOKEN = 3.5  # of a file of rows; English in JSON lies between 2.5 and 5
 ROW_BYTES = 150.0  # mean row of a chat pool, where nothing better is known
 TRAINING_SHARE = 0.6  # of the machine's matrix product that training of a small model reaches (0.66 to 0.88 measured)
 FORWARD_SHARE = 0.5
-BASE_BYTES = 650_000_000  # a process with torch and transformers loaded
+# A process with torch and transformers that has run a teacher over batches: 685 MB after evaluating one of 6 million
+# parameters, 950 to 1000 MB after scoring a pool with it; the allocator keeps what batches once took.
+BASE_BYTES = 800_000_000
+# Training in bf16 on a CPU keeps what was compiled for each shape of batch, in fp32 nothing. Growth measured at hidden
+# 256 with AVX-512 BF16: 290 MB after 60 steps and 570 MB after 260; with the earlier kernels 480 MB after 60
+# and 1140 MB after 500.
+BF16_STEP_BYTES, BF16_MOST_BYTES = 5e6, 9e8
+BF16_SETS = frozenset({"avx512_bf16", "amx_bf16"})
+BF16_WIDTH = 128  # as in compress.model.distillation.settings, which loads torch: a test holds them equal
 # how often the teacher reads all rows; with and without the prompt for IFD, the prompts alone for embeddings
 TEACHER_SCANS = {"mislabel": 1.2, "ifd": 1.6, "k_center": 0.6, "stabilize": 0.6}
 LAYER_SECONDS = 0.4e-3  # overhead of one layer in one decoding step of torch on a CPU
@@ -94,7 +102,7 @@ def estimate(plan: Plan) -> Estimate:
     config = hub.config_at_hand(spec) if spec is not None else None
     stand_in = plan.profile.teacher_config
     if config is None and stand_in is not None:
-        config = hub.read_config(Path(stand_in))
+        config = hub.foretelling_config(spec, stand_in)
         result.notes.append(f"The teacher {spec} is not on this machine: foretold from {Path(stand_in).name}.")
     if config is None:
         result.notes.append(f"Nothing can be foretold: the config of the teacher {spec} is not on this machine.")
@@ -102,6 +110,7 @@ def estimate(plan: Plan) -> Estimate:
         return result
     check_config(config, where=f"{spec}: config.json")
     walk = _Walk(plan, config, machine_flops(plan.facts.device))
+    result.notes += walk.notes
     result.seconds = [walk.seconds(node) for node in plan.nodes]
     _figures(walk, plan, result)
     return result
@@ -114,15 +123,29 @@ class _Walk:
         self.plan, self.flops = plan, flops
         self.teacher = _State(teacher)
         self.states: dict[str, _State] = {}  # artifact key -> model
+        self.notes: list[str] = []
+        self.rows_known = True
         self.rows = self._pool_rows()
+        self.bf16_steps = 0.0  # optimizer steps so far that may run in bf16
         self.peak = BASE_BYTES + 4 * self.teacher.parameters
         self.last = self.teacher
         self.bundle: _State | None = None
 
     def _pool_rows(self) -> float:
         pool = self.plan.profile.data.pool
-        size = _bytes_of(Path(pool)) if pool else 0
-        return max(size / ROW_BYTES, 1.0)
+        if pool is None or Path(pool).exists():
+            return max((_bytes_of(Path(pool)) if pool else 0) / ROW_BYTES, 1.0)
+        told = f"How many rows {pool} has is not known before it is fetched:"
+        budgets = (getattr(node.params, "rows", None) for node in self.plan.nodes if "condensation" in node.stage.stage)
+        budget = next((rows for rows in budgets if rows), None)
+        if budget is None:
+            self.rows_known = False
+            self.notes.append(f"{told} the time of the steps that read them is left out.")
+            return 1.0
+        self.notes.append(
+            f"{told} times are told for {budget}, the budget of data.condensation; the steps before it take longer."
+        )
+        return float(budget)
 
     def _tokens(self) -> float:
         """Tokens of the pool."""
@@ -155,7 +178,8 @@ class _Walk:
         """Time of ``node``, rough; also moves the state on."""
         stage = node.stage.stage
         if stage.startswith("data."):
-            return self._data(node)
+            data = self._data(node)
+            return data if self.rows_known else None
         follow = {
             "model.distillation": self._distillation,
             "model.pruning": self._pruning,
@@ -183,7 +207,7 @@ class _Walk:
         scans = TEACHER_SCANS.get(node.stage.method, 0.0) if values.get("embedding") != "hashed" else 0.0
         return 0.3 + self.rows / 20_000 + scans * self.forward(self.teacher.parameters, before)
 
-    def _distillation(self, node: Node) -> float:
+    def _distillation(self, node: Node) -> float | None:
         params: Any = node.params
         if params.init == "checkpoint":
             state = self.model_of(node)
@@ -196,7 +220,9 @@ class _Walk:
         self._becomes(node, state)
         tokens = params.steps * params.batch_tokens if params.steps else params.epochs * self._tokens()
         seen = self._tokens() if params.targets == "cache" else tokens
-        self._training_memory(state, params.batch_tokens)
+        self._training_memory(state, params, tokens / params.batch_tokens)
+        if not self.rows_known and not params.steps:
+            return None
         return 3.0 + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, seen)
 
     def _pruning(self, node: Node) -> float:
@@ -206,7 +232,7 @@ class _Walk:
         state = _State(with_shape(before.config, shape))
         self._becomes(node, state)
         tokens = params.recovery.steps * params.recovery.batch_tokens
-        self._training_memory(before, params.recovery.batch_tokens)
+        self._training_memory(before, params.recovery, params.recovery.steps)
         calibration = self.forward(before.parameters, params.calibration_tokens)
         return (
             3.0 + calibration + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, tokens)
@@ -221,8 +247,12 @@ class _Walk:
         self.bundle = self.model_of(node)
         return 6.0 + self.bundle.parameters / 20e6
 
-    def _training_memory(self, state: _State, tokens: int) -> None:
-        config = state.config
+    def _training_memory(self, state: _State, params: Any, steps: float) -> None:
+        """Raise the peak to what training ``state`` for ``steps`` takes; ``params`` has batch_tokens and precision."""
+        config, tokens = state.config, params.batch_tokens
+        able = BF16_SETS & set(self.plan.facts.device["instruction_sets"]) and int(config["hidden_size"]) >= BF16_WIDTH
+        if params.precision == "bf16" or (params.precision == "auto" and able):
+            self.bf16_steps += steps
         # per token and layer about 16 hidden-sized and 4 FFN-sized float32 values are kept for the backward pass,
         # and three copies of the logits (student, gradient, targets) at the end
         inner = int(config["num_hidden_layers"]) * (
@@ -230,6 +260,7 @@ class _Walk:
         )
         activations = 4 * tokens * (inner + 3 * int(config["vocab_size"]))
         need = BASE_BYTES + ADAM_BYTES * state.parameters + 4 * self.teacher.parameters + activations
+        need += min(BF16_STEP_BYTES * self.bf16_steps, BF16_MOST_BYTES)
         self.peak = max(self.peak, need)
 
     def _evaluation(self, node: Node) -> float:
@@ -255,8 +286,12 @@ def _bytes_of(path: Path) -> int:
 
 def _figures(walk: _Walk, plan: Plan, result: Estimate) -> None:
     """Totals, and what the target makes of the bundle."""
-    known = [seconds for seconds in result.seconds if seconds is not None]
-    result.figures["time of all stages"] = (sum(known) + IMPORT_SECONDS, "s")
+    known = [seconds or 0.0 for seconds in result.seconds]
+    missing = [
+        seconds for node, seconds in zip(plan.nodes, known, strict=True) if plan.facts.store.lookup(node.key) is None
+    ]
+    result.figures[TIME_TO_RUN] = (sum(missing) + IMPORT_SECONDS if missing else 0.0, "s")
+    result.figures[TIME_OF_ALL] = (sum(known) + IMPORT_SECONDS, "s")
     result.figures["peak memory of the run"] = (float(walk.peak), "bytes")
     result.figures["teacher parameters"] = (float(walk.teacher.parameters), "parameters")
     result.figures["student parameters"] = (float(walk.last.parameters), "parameters")

@@ -51,6 +51,16 @@ def config_at_hand(spec: str) -> dict[str, Any] | None:
     return read_config(folder / "config.json")
 
 
+def foretelling_config(spec: str | None, stand_in: str | None) -> dict[str, Any] | None:
+    """The config of the model ``spec`` if it is on this machine, else the one in the file ``stand_in``, else None.
+
+    Raises:
+        ModelError: it is there and is not a JSON object.
+    """
+    config = config_at_hand(spec) if spec is not None else None
+    return read_config(Path(stand_in)) if config is None and stand_in is not None else config
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A ``config.json``.
 

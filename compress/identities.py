@@ -32,6 +32,8 @@ def digest_of(value: Any) -> str:
 def source_identity(path: Path, file_digest: FileDigest) -> str:
     """Digest of a file of rows or of all files below a folder; a hub name (no such path) stands for itself.
 
+    What a hub name without ``@REVISION`` gives may change: its key does not follow.
+
     Raises:
         DataError: the path does not exist and does not look like a hub name, or is an empty folder.
     """

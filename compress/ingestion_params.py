@@ -26,5 +26,7 @@ class SourceParams(Params):
         description="text files: the mark between texts; a line feed gives a row per line, two a row per paragraph",
     )
     split: Literal["train", "valid", "test"] | None = Field(
-        None, description="of a folder or hub name only the files of this split"
+        None,
+        description="of a folder or hub name only this split; test rows of the hub, or of the pool's own data set, are "
+        "always its test split",
     )

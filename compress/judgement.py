@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from compress.assessment_params import GateParams
 from compress.context import StageContext, StageResult
 from compress.run_record import GateRecord, Ledger, LedgerEntry, LimitRecord
-from compress.scores import Scores, as_measure, difference, higher_is_better, measure, read_scores
+from compress.scores import Scores, as_measure, difference, higher_is_better, measure, ratio, read_scores
 from evaluators.gate import Limit, LimitResult, Measured
 from evaluators.gate import judge as hold
 
@@ -69,16 +70,17 @@ def measured_of(scores: Sequence[tuple[str, Scores]], params: GateParams, *, see
     shipped = scores[-1][1]
     teacher = dict(scores).get("teacher")
     found: dict[str, Measured] = {}
+    options = {"seed": seed, "samples": params.samples}
     for name in shipped.metrics:
-        compared = teacher is not None and name in teacher.metrics
-        found[name] = Measured(
-            value=shipped.value(name),
-            teacher=teacher.value(name) if teacher is not None and compared else None,
-            interval=measure(shipped, name, seed=seed, samples=params.samples, level=params.level),
-            difference=difference(shipped, teacher, name, seed=seed, samples=params.samples, level=params.level)
-            if teacher is not None and compared
-            else None,
-        )
+        seen = Measured(shipped.value(name), interval=measure(shipped, name, level=params.level, **options))
+        if teacher is not None and name in teacher.metrics:
+            seen = replace(
+                seen,
+                teacher=teacher.value(name),
+                difference=difference(shipped, teacher, name, level=params.level, **options),
+                ratio=ratio(shipped, teacher, name, level=params.level, **options),
+            )
+        found[name] = seen
     parameters = shipped.parameters or next((s.parameters for _, s in reversed(scores) if s.parameters), None)
     for name, value, of_teacher in (
         ("parameters", parameters, teacher.parameters if teacher else None),

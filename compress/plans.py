@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.profile import Profile
     from compress.store import Store
 
+ROLES = {"pool": "data", "test": "test", "reference": "reference"}  # role in `data` -> slot that it fills
 FORMAT = 1  # of the key itself; raise it when what goes into a key changes
 
 
@@ -196,14 +197,22 @@ class _Builder:
     def sources(self) -> None:
         """Read pool, test and reference."""
         data = self.profile.data
-        values = {"format": data.format, "columns": dict(data.columns), "on_error": data.on_error}
-        for role, slot in (("pool", "data"), ("test", "test"), ("reference", "reference")):
+        values = {name: getattr(data, name) for name in type(data).model_fields if name not in ROLES}
+        for role, slot in ROLES.items():
             place = getattr(data, role)
             if place is None:
                 continue
             source = Outside(Path(place), identities.source_identity(Path(place), self.store.file_digest))
-            node = self.implied("data.source", "read", values, {"source": source}, where="data", of=f"of {role}")
+            node = self.implied("data.source", "read", values | self._split(role, place), {"source": source},
+                                where="data", of=f"of {role}")  # fmt: skip
             self.slots[slot] = self.roles[role] = node
+
+    def _split(self, role: str, place: str) -> dict[str, str]:
+        """The split of a role that the profile's ``data.split`` does not decide: test rows are never trained on."""
+        shared = self.profile.data.pool == self.profile.data.test
+        if role == "test" and (shared or not Path(place).exists()):
+            return {"split": "test"}
+        return {"split": "train"} if role == "pool" and shared and self.profile.data.split is None else {}
 
     def evaluate(self, method: str, slot: str, label: str) -> None:
         """Measure what fills ``slot``; skipped without test rows or without tasks."""
@@ -232,12 +241,24 @@ class _Builder:
                 need = {"data": "data.pool", "model": "teacher"}.get(slot, f"data.{slot}")
                 raise ProfileError(where, f"{line.name} reads the slot {slot!r}, which is empty", do=f"Give {need}.")
         inputs.update({slot: self.slots[slot] for slot in line.optional if slot in self.slots})
+        self._check_step(f"{where}.{stage}", line, params, inputs)
         node = self.add(line, params, inputs, step=index)
         self.slots[line.writes] = node
         if line.writes == "model":
             self.evaluate("model", "model", node.name)
             if line.stage != "model.quantization":
                 self.roles["student"] = node
+
+    def _check_step(self, where: str, line: Stage, params: Params, inputs: Mapping[str, Node | Outside]) -> None:
+        """Refuse now what the stage would refuse in the middle of the run."""
+        before = inputs.get("model")
+        changes = line.writes == "model" and ("model" in line.reads or getattr(params, "init", "") == "checkpoint")
+        if changes and isinstance(before, Node) and before.stage.stage == "model.quantization":
+            got = f"it stands after {before.name}, steps[{before.step}], and codes cannot be changed"
+            raise ProfileError(where, got, "plain weights", f"Put it before steps[{before.step}].")
+        if getattr(params, "mix", "") == "reference" and "reference" in line.optional and "reference" not in inputs:
+            raise ProfileError(f"{where}.mix", "got reference, but the profile names no reference rows",
+                               do="Give data.reference, or set mix: uniform.")  # fmt: skip
 
     def ship(self) -> None:
         """Export and evaluate the bundle, when there is a model and export is not switched off."""
@@ -269,6 +290,7 @@ class _Builder:
         if values is None:
             return
         lengths = {name: value for name, value in values.items() if name in ("prompt_tokens", "new_tokens")}
+        self._check_lengths(lengths)
         subjects = {"teacher": self.facts.teacher, "student": self.roles.get("student")}
         for subject, source in subjects.items():
             if source is not None:
@@ -279,6 +301,19 @@ class _Builder:
         if "bundle" in self.slots:
             bundle = {"bundle": self.slots["bundle"]}
             self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
+
+    def _check_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Refuse a benchmark that is longer than the model's context, where its config is at hand."""
+        config = hub.foretelling_config(self.profile.teacher, self.profile.teacher_config)
+        known = {"the model's context": (config or {}).get("max_position_embeddings")}
+        if "bundle" in self.slots:
+            known["export.context_tokens"] = (self.profile.export or {}).get("context_tokens")
+        total = sum(lengths.values())
+        for what, most in known.items():
+            if most is not None and total > int(most):
+                told = " and ".join(f"{name} {value}" for name, value in lengths.items())
+                raise ProfileError("bench", f"{told} make {total}", f"at most {most} together, {what}",
+                                   "Set them lower.")  # fmt: skip
 
 
 def plan(
@@ -311,7 +346,7 @@ def plan(
     builder.time()
     if builder.facts.teacher is not None:
         builder.roles["teacher"] = builder.facts.teacher
-    nodes = _until(builder.nodes, until) if until else builder.nodes
+    nodes = builder.nodes if until is None else _until(builder.nodes, until)
     return Plan(profile, tuple(nodes), builder.facts, builder.roles)
 
 
@@ -319,8 +354,8 @@ def _until(nodes: list[Node], until: str) -> list[Node]:
     """The nodes up to the last one that ``until`` names, with the evaluation that follows it."""
     last = -1
     for at, node in enumerate(nodes):
-        names = {node.name, node.stage.name, node.stage.stage, node.stage.stage.split(".")[0], str(node.step)}
-        if until in names:
+        names = {node.name, node.stage.name, node.stage.stage, node.stage.stage.split(".")[0]}
+        if until in names or (node.step is not None and until == str(node.step)):
             last = at
     if last < 0:
         known = ", ".join(dict.fromkeys(node.stage.name for node in nodes))

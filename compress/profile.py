@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.assessment_params import METRICS, SIZES
+from compress.assessment_params import METRICS, SIZES, LimitParams, unjudgeable
 from compress.context import Params
 from compress.errors import ProfileError
 from compress.ingestion_params import SourceParams
@@ -48,7 +48,11 @@ STEP_SLOTS = ("data", "model")  # a step replaces one of these
 
 
 class DataSources(SourceParams):
-    """The user's rows: files, folders or hub names, and how they are read."""
+    """The user's rows: files, folders or hub names, and how they are read.
+
+    A hub name may pin a commit or tag, ``owner/name@revision``. Without one its artifacts are kept by the name alone:
+    what its owner changes later is not seen while they stand in the store. Test rows of the hub are its test split.
+    """
 
     pool: str | None = Field(None, description="rows to learn from")
     test: str | None = Field(None, description="rows that the result is judged on; never trained on")
@@ -192,6 +196,7 @@ def _validated(document: Document, path: Path, table: Sequence[Stage]) -> Profil
     sections: dict[str, Any] = {name: _section(document, name, table) for name in SECTIONS}
     if head is not None and not document.problems:
         _check_metrics(document, sections["gate"])
+        _check_judgement(document, head, sections)
     if head is None or document.problems:
         return None
     gate = [{name: value for name, value in limit.items() if value is not None} for limit in sections.pop("gate")]
@@ -269,6 +274,31 @@ def _check_metrics(document: Document, limits: Sequence[dict[str, Any]]) -> None
             document.complain(
                 ("gate", index, "metric"), f"got {name!r}", "one of " + ", ".join(known), nearest(name, known)
             )
+
+
+def _check_judgement(document: Document, head: _Head, sections: dict[str, Any]) -> None:
+    """Complain of limits that nothing could answer, and of a bundle that could be neither measured nor timed."""
+    if document.problems:
+        return
+    export, evaluate = sections["export"], sections["evaluate"]
+    for index, values in enumerate(sections["gate"]):
+        tasks = [] if evaluate is None else evaluate["tasks"]
+        wrong = unjudgeable(
+            LimitParams.model_validate(values), tasks, bundle=export is not None, teacher=head.teacher is not None
+        )
+        if wrong is not None:
+            key, got, allowed, do = wrong
+            document.complain(("gate", index, key), got, allowed, do)
+    formats = (export or {}).get("formats")
+    users = [name for name in ("evaluate", "bench") if sections[name] is not None]
+    if head.data.test is None:
+        users = [name for name in users if name != "evaluate"]  # without test rows nothing is evaluated
+    if formats and "onnx" not in formats and users:
+        off = " and ".join(f"{name}: null" for name in users)
+        document.complain(
+            ("export", "formats"), f"got {', '.join(formats)}, but {' and '.join(users)} run the ONNX bundle",
+            "onnx among them", f"Add onnx, or set {off}.",
+        )  # fmt: skip
 
 
 def stage_params(

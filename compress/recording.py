@@ -22,6 +22,7 @@ from compress.run_record import (
     FunnelStep,
     Ledger,
     LedgerEntry,
+    LimitRecord,
     RunRecord,
     StageRecord,
     Status,
@@ -118,14 +119,31 @@ def measured(what: str, record: RunRecord) -> float | None:
     rows = {row["subject"]: row for row in record["summary"]}
     peaks = [stage["peak_memory_bytes"] or 0 for stage in record["stages"]]
     times = [stage["seconds"] or 0.0 for stage in record["stages"]]
+    ran = [stage["seconds"] or 0.0 for stage in record["stages"] if not stage["cached"]]
+    whole = all(stage["state"] == "done" for stage in record["stages"])
     found: dict[str, float | None] = {
-        "time of all stages": sum(times) if all(stage["state"] == "done" for stage in record["stages"]) else None,
+        run_record.TIME_OF_ALL: sum(times) if whole else None,
+        run_record.TIME_TO_RUN: sum(ran) if whole else None,
         "peak memory of the run": max(peaks, default=0) or None,
         "teacher parameters": rows["teacher"]["parameters"] if "teacher" in rows else None,
         "student parameters": rows["student"]["parameters"] if "student" in rows else None,
         "bundle size": rows["bundle"]["bytes"] if "bundle" in rows else None,
     }
     return found.get(what)
+
+
+def failure(limit: LimitRecord) -> str:
+    """A limit that does not hold: metric, limit, what was measured with its interval, and the end that counted."""
+    head, value, judged = f"{limit['metric']}: {limit['limit']}", limit["value"], limit["judged"]
+    if value is None or judged is None:
+        return f"{head}, but {limit['reason'].removeprefix(limit['metric'] + ': ')}"
+    text = f"{head}, measured {value:.4g}"
+    if limit["low"] is not None and limit["high"] is not None:
+        end = "upper" if judged == limit["high"] else "lower"
+        text += f" (interval {limit['low']:.4g} to {limit['high']:.4g}, judged at its {end} end {judged:.4g})"
+    if limit["comparison"] not in ("min", "max") and limit["measured"] is not None and limit["teacher"] is not None:
+        text += f", from {limit['measured']:.6g} against the teacher's {limit['teacher']:.6g}"
+    return text
 
 
 class Recorder:
@@ -250,10 +268,9 @@ class Recorder:
             return "Done; the profile sets no limit."
         if gate["passed"]:
             return f"The gate passed: {len(gate['limits'])} of {len(gate['limits'])} limits hold."
-        failed = [limit for limit in gate["limits"] if not limit["passed"]]
-        told = "; ".join(f"{limit['metric']}: {limit['limit']}" for limit in failed)
-        lost = f" The step that lost most is {gate['most_lost']}." if gate["most_lost"] else ""
-        return f"The gate failed on {told}.{lost}"
+        told = "; ".join(failure(limit) for limit in gate["limits"] if not limit["passed"])
+        lost = f"The step that lost most is {gate['most_lost']}." if gate["most_lost"] else "No step lost quality."
+        return f"The gate failed on {told}. {lost}"
 
     def write(self) -> None:
         """Write ``run.json``."""

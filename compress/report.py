@@ -125,6 +125,15 @@ def stage_plot(record: RunRecord) -> str:
     return charts.bars(rows, title="Time per stage", label_width=230) if rows else ""
 
 
+def headline(record: RunRecord) -> tuple[str, str]:
+    """The first words of the verdict and its tone: a run of which nothing was judged has not passed anything."""
+    words = {"gate_failed": "Gate failed", "failed": "Failed", "interrupted": "Interrupted", "running": "Running"}
+    if record["status"] != "done":
+        return words[record["status"]], "no"
+    gate = record["gate"]
+    return ("Passed", "yes") if gate is not None and gate["limits"] else ("Not judged", "open")
+
+
 def render(record: RunRecord) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
@@ -144,6 +153,7 @@ def render(record: RunRecord) -> str:
     curves = [(curve["step"], Markup(svg)) for curve in record["curves"] if (svg := curve_plot(curve))]  # noqa: S704 - our own SVG, its text is escaped
     return environment.from_string(source).render(
         run=record,
+        headline=headline(record),
         plots={name: Markup(svg) for name, svg in plots.items()},  # noqa: S704 - our own SVG, its text is escaped
         curves=curves,
         words=quality_words(ledger["metric"]) if ledger else number,

@@ -27,6 +27,8 @@ from typing import Any, Literal, TypedDict
 from compress.errors import StoreError, UserError
 
 SCHEMA = 1
+# Of the estimates: with and without what stood in the store when the run began.
+TIME_OF_ALL, TIME_TO_RUN = "time of all stages", "time of the stages not in the store"
 
 Status = Literal["running", "done", "gate_failed", "failed", "interrupted"]
 

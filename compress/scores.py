@@ -2,8 +2,8 @@
 
 A `Scores` file holds, for every metric, one numerator and one weight per row: an exact match is (0 or 1, 1), a loss
 is (nats, tokens). The metric's value is the ratio of the sums, for perplexity the exponential of it. `measure` gives
-value and interval, `difference` the paired difference of two files (Efron & Tibshirani 1993, chapter 8: pairs are
-resampled together). Knows nothing of how a row was scored, of models, or of limits.
+value and interval, `difference` and `ratio` compare two files over the same rows (Efron & Tibshirani 1993, chapter 8:
+pairs are resampled together). Knows nothing of how a row was scored, of models, or of limits.
 """
 
 from __future__ import annotations
@@ -126,11 +126,34 @@ def difference(
     after: Scores, before: Scores, metric: str, *, seed: int, samples: int = 10_000, level: float = 0.95
 ) -> Interval | None:
     """Interval of ``value(after) - value(before)`` over the same rows; None when the rows are not the same."""
+    draws = _paired_draws(after, before, metric, seed=seed, samples=samples)
+    if draws is None:
+        return None
+    ends = percentiles(draws[0] - draws[1], level)
+    return Interval(after.value(metric) - before.value(metric), *ends, len(after.ids[metric]))
+
+
+def ratio(
+    after: Scores, before: Scores, metric: str, *, seed: int, samples: int = 10_000, level: float = 0.95
+) -> Interval | None:
+    """Interval of ``value(after) / value(before)`` over the same rows.
+
+    For perplexity this is exp of the difference of the token-weighted mean losses. None when the rows are not the
+    same, or when ``before`` is 0 in some resample: leaving those out would make the interval look better than it is.
+    """
+    draws = _paired_draws(after, before, metric, seed=seed, samples=samples)
+    if draws is None or before.value(metric) <= 0 or (draws[1] <= 0).any():
+        return None
+    ends = percentiles(draws[0] / draws[1], level)
+    return Interval(after.value(metric) / before.value(metric), *ends, len(after.ids[metric]))
+
+
+def _paired_draws(after: Scores, before: Scores, metric: str, *, seed: int, samples: int) -> tuple[Array, Array] | None:
+    """Values of ``metric`` of both, (samples,) each, over the same resampled rows; None when the rows differ."""
     if metric not in after.sums or metric not in before.sums or after.ids[metric] != before.ids[metric]:
         return None
     columns = [after.sums[metric], after.weights[metric], before.sums[metric], before.weights[metric]]
     draws = resampled_sums(np.stack(columns, axis=1), samples, seed)
     draws = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]
-    apart = _value(metric, draws[:, 0], draws[:, 1]) - _value(metric, draws[:, 2], draws[:, 3])
-    ends = percentiles(np.asarray(apart), level)
-    return Interval(after.value(metric) - before.value(metric), *ends, len(columns[0]))
+    left, right = _value(metric, draws[:, 0], draws[:, 1]), _value(metric, draws[:, 2], draws[:, 3])
+    return np.asarray(left), np.asarray(right)

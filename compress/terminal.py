@@ -106,7 +106,8 @@ def show_run(record: RunRecord, out: Console) -> None:
         for limit in gate["limits"]:
             mark = "[green]pass[/]" if limit["passed"] else "[red]FAIL[/]"
             out.print(f"  {mark}  {escape(limit['reason'])}")
-    colour = "red" if record["status"] in ("failed", "gate_failed") else "green"
+    failed = record["status"] in ("failed", "gate_failed")
+    colour = "red" if failed else "green" if gate is not None and gate["limits"] else "yellow"  # nothing was judged
     out.print(f"[{colour}]{escape(record['verdict'])}[/]")
     hits = sum(1 for stage in record["stages"] if stage["cached"])
     out.print(f"{len(record['stages'])} stages, {hits} from the store, {human_seconds(record['seconds'])}")
@@ -128,6 +129,21 @@ def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str
     out.print(table)
     for estimate in estimates:
         out.print(f"{estimate['what']}: {figure(estimate['estimated'], estimate['unit'])}")
+
+
+def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
+    """A bundle's figures on this machine beside the estimate for another one."""
+    name = foretold["target"]
+    table = Table("", "measured on this machine", f"estimate for {name}, not measured")
+    for what, unit in (("prefill", "tokens/s"), ("decode", "tokens/s")):
+        key = f"{what}_tokens_per_s"
+        table.add_row(f"{what} {unit}", rate(measured[key]), rate(foretold[key]))
+    first = "first_token_s"
+    table.add_row("first token", f"{measured[first] * 1000:.1f} ms", f"{foretold[first] * 1000:.1f} ms")
+    peak = "peak_memory_bytes"
+    usable = human_bytes(foretold["usable_memory_bytes"])
+    table.add_row("peak memory", human_bytes(measured[peak]), f"{human_bytes(foretold[peak])} of {usable} usable")
+    out.print(table)
 
 
 def figure(value: float | None, unit: str) -> str:

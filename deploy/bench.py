@@ -1,6 +1,7 @@
 """How fast a bundle is on this machine: prefill, decode, first token, load time, peak memory, and the bound by memory.
 
-`bench_bundle` measures in a fresh process and gives a `BenchRecord`; `bench` is the stage. Figures are medians with
+`bench_bundle` measures in a fresh process and gives a `BenchRecord`; `bench` is the stage, which puts beside it what
+is foretold for a target, an estimate and never a measurement. Figures are medians with
 their spread, and say how busy the machine was: beside other work a benchmark is worth little. Imports no torch.
 """
 
@@ -20,6 +21,8 @@ from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError, ModelError
 from deploy.bundle import Bundle, open_bundle
 from deploy.params import BenchParams
+from deploy.sizing import estimate_of_bundle
+from deploy.targets import Target
 
 BENCH_FILE = "bench.json"
 _TIME_LIMIT_S = 1800
@@ -178,12 +181,32 @@ def bench(params: BenchParams, ctx: StageContext) -> StageResult:
         warmup=params.warmup,
         threads=ctx.threads,
     )
-    text = json.dumps(record.facts(), indent=1, sort_keys=True) + "\n"
+    metrics, notes = record.facts(), []
+    if ctx.target is not None:
+        metrics["target_estimate"] = target_estimate(ctx.inputs["bundle"], ctx.target, params)
+        notes.append(f"target_estimate is reckoned for {ctx.target.name}; nothing was measured there")
+    text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"
     (ctx.out / BENCH_FILE).write_text(text, encoding="utf-8")
-    notes = []
     cores = os.cpu_count() or 1
     if record.load_average > _BUSY * cores:
         notes.append(
             f"the machine was busy (load average {record.load_average:.1f} on {cores} cores): these figures are too low"
         )
-    return StageResult(metrics=record.facts(), notes=notes)
+    return StageResult(metrics=metrics, notes=notes)
+
+
+def target_estimate(folder: Path, target: Target, params: BenchParams) -> dict[str, Any]:
+    """What is foretold for the bundle on ``target`` at the lengths that are measured here.
+
+    Raises:
+        ModelError: as `sizing.estimate_of_bundle`.
+    """
+    found = estimate_of_bundle(open_bundle(folder, verify=False), target, params.prompt_tokens + params.new_tokens)
+    return {
+        "target": target.name,
+        "prefill_tokens_per_s": found.prefill_tokens_per_s,
+        "decode_tokens_per_s": found.decode_tokens_per_s,
+        "first_token_s": params.prompt_tokens / found.prefill_tokens_per_s,
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "usable_memory_bytes": target.usable_memory_bytes,
+    }

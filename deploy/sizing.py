@@ -1,9 +1,9 @@
 """What a bundle will weigh, need and do on a target, from a config alone; no weights, no torch.
 
-`estimate` gives bytes, memory and speed, `check_fit` refuses what a target cannot hold. Bytes follow from shapes and
-come within a few percent of the written file; memory within a third; speed is a roofline (Williams, Waterman and
-Patterson 2009): the slower of memory and arithmetic, plus a time per operator, and is rough. Knows targets' facts and
-models' shapes; knows nothing of files' contents.
+`estimate` gives bytes, memory and speed, `estimate_of_bundle` the same of a finished bundle, `check_fit` refuses what a
+target cannot hold. Bytes follow from shapes and come within a few percent of the written file; memory within a third;
+speed is a roofline (Williams, Waterman and Patterson 2009): the slower of memory and arithmetic, plus a time per
+operator, and is rough. Knows targets' facts and models' shapes; of a bundle it reads sizes and configuration.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import TargetError
+from compress.errors import ModelError, TargetError
 from compress.model.shapes import head_size, kv_head_count, layer_shapes, parameter_count
+from deploy.bundle import Bundle
 from deploy.targets import Target
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,19 +99,69 @@ def estimate(
     own = int(config.get("max_position_embeddings") or target.context_tokens)
     context = min(own, target.context_tokens if context_tokens is None else context_tokens)
     stored, read = weight_bytes(config, precision)
-    cache = kv_cache_bytes(config, context)
-    layers = int(config["num_hidden_layers"])
+    return _on_target(
+        target,
+        weights=(stored, read),
+        cache=kv_cache_bytes(config, context),
+        context=context,
+        layers=int(config["num_hidden_layers"]),
+        parameters=parameter_count(config),
+        vocabulary=int(config["vocab_size"]),
+        size=bundle_bytes(config, precision),
+    )
+
+
+def estimate_of_bundle(bundle: Bundle, target: Target, context_tokens: int) -> SizeEstimate:
+    """Return the estimate for a finished bundle on ``target`` when ``context_tokens`` are read and written.
+
+    Raises:
+        ModelError: the bundle has no ONNX format, or its configuration cannot be read.
+    """
+    bundle.need("onnx")
+    path = bundle.folder / "genai_config.json"
+    try:
+        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
+        layers = int(decoder["num_hidden_layers"])
+        values = layers * int(decoder["num_key_value_heads"]) * int(decoder["head_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(str(path), f"not readable ({error})", "the runtime's configuration", "Export again") from error
+    return _on_target(
+        target,
+        weights=(
+            sum(file.stat().st_size for file in bundle.folder.glob("model.onnx*")),
+            int(bundle.info["onnx"]["read_per_token_bytes"]),
+        ),
+        cache=2 * 4 * values * context_tokens,
+        context=context_tokens,
+        layers=layers,
+        parameters=bundle.parameters,
+        vocabulary=int(bundle.model["vocabulary"]),
+        size=bundle.bytes,
+    )
+
+
+def _on_target(
+    target: Target,
+    *,
+    weights: tuple[int, int],  # bytes in the file, bytes that one decoded token reads
+    cache: int,
+    context: int,
+    layers: int,
+    parameters: int,
+    vocabulary: int,
+    size: int,
+) -> SizeEstimate:
+    stored, read = weights
     overhead = (layers * LAYER_NODES + 8) * NODE_SECONDS
     # half the context is full on average over an answer
     decode = (read + cache / 2) / target.read_bytes_per_s + overhead
-    operations = 2 * parameter_count(config)
-    per_prompt_token = operations / target.flops_per_s
+    per_prompt_token = 2 * parameters / target.flops_per_s
     return SizeEstimate(
-        bundle_bytes=bundle_bytes(config, precision),
+        bundle_bytes=size,
         weight_bytes=stored,
         read_per_token_bytes=read,
         kv_cache_bytes=cache,
-        peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits_bytes(config)),
+        peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits_bytes(vocabulary)),
         context_tokens=context,
         decode_tokens_per_s=1 / decode,
         prefill_tokens_per_s=1 / max(per_prompt_token, overhead / max(context, 1)),
@@ -175,9 +226,9 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return 2 * 4 * int(config["num_hidden_layers"]) * kv_head_count(config) * size * tokens
 
 
-def logits_bytes(config: Mapping[str, Any], tokens: int = 128) -> int:
+def logits_bytes(vocabulary: int, tokens: int = 128) -> int:
     """Return the bytes of the logits of a prompt, which the runtime computes at every position."""
-    return 4 * int(config["vocab_size"]) * tokens
+    return 4 * vocabulary * tokens
 
 
 def check_fit(found: SizeEstimate, target: Target) -> None:

@@ -1,13 +1,15 @@
 """Targets: what is known of a device, read from ``profiles/targets/NAME.yaml`` or from a file of the user's.
 
-`load_target` reads one, `list_targets` names the built-in ones. Every figure of a built-in target has its public
-source in a comment beside it. Knows nothing of models: what fits a target is `deploy.sizing`'s question.
+`load_target` reads one, `list_targets` names the built-in ones, `unlike` tells in what a machine is not one. Every
+figure of a built-in target has its public source in a comment beside it. Knows nothing of models: what fits a target is
+`deploy.sizing`'s question.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -95,6 +97,29 @@ def load_target(name_or_path: str | Path) -> Target:
         allowed = f"one of {', '.join(Target.model_fields)}" if unknown else ""
         do = nearest(str(key[-1]), Target.model_fields) if unknown else ""
         raise TargetError(where, f"{first_error['msg']} (got {_short(first_error['input'])})", allowed, do) from error
+
+
+def unlike(target: Target, machine: Mapping[str, Any]) -> list[str]:
+    """In what ``machine`` (facts as of ``compress.doctor.machine``) is not ``target``; empty where nothing tells.
+
+    An empty list is no proof: a sister device may give itself the same name. Some boards do not name their processor.
+    """
+    found = []
+    kind, *sets = target.isa
+    own = str(machine["system"]).split()[-1]
+    if own != kind:
+        found.append(f"it is {own}, not {kind}")
+    missing = [name for name in sets if name not in machine["instruction_sets"]]
+    if missing and own == kind:
+        found.append(f"it lacks {', '.join(missing)}")
+    if int(machine["cores"]) != target.cores:
+        found.append(f"it has {machine['cores']} usable cores, not {target.cores}")
+    marks = [word for word in target.cpu.partition(",")[0].split() if any(sign.isdigit() for sign in word)]
+    name = str(machine["cpu"]).lower()
+    named = name not in ("", own.lower())
+    if marks and named and not any(mark.lower() in name for mark in (*marks, target.name.replace("-", " "))):
+        found.append(f"its processor is {machine['cpu']}, not {target.cpu.partition(',')[0]}")
+    return found
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,9 @@
 """The gate: what was measured against what the profile allows.
 
 A `Limit` names a metric and one bound; `judge` answers for every limit with the measured value, its interval
-and pass or fail. A bound on a *difference to the teacher* is judged on the far end of the paired interval,
-so that a lucky sample does not pass. Knows nothing of how anything was measured.
+and pass or fail. What was measured on a sample is judged at the pessimistic end of its interval (of the value, of the
+paired difference or of the paired ratio), so that a lucky sample does not pass; exact figures such as bytes are judged
+as they are. Knows nothing of how anything was measured.
 """
 
 from __future__ import annotations
@@ -39,15 +40,17 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What is known of a metric: the shipped artifact's value, the teacher's, and the paired difference.
+    """What is known of a metric: the shipped artifact's value, the teacher's, and how the two compare row by row.
 
-    ``difference`` is the interval of ``shipped - teacher`` over the same rows, where rows exist.
+    ``difference`` and ``ratio`` are the intervals of ``shipped - teacher`` and ``shipped / teacher`` over the same
+    rows, where rows exist. A metric without ``interval`` is an exact figure.
     """
 
     value: float
     teacher: float | None = None
     interval: Interval | None = None
     difference: Interval | None = None
+    ratio: Interval | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +83,35 @@ class Verdict:
         return {"passed": self.passed, "results": [r.as_dict() for r in self.results]}
 
 
-def judged_value(limit: Limit, seen: Measured) -> tuple[float | None, Interval | None]:
-    """The figure to hold against the bound, pessimistic where there is an interval, and that interval."""
+def turned(interval: Interval) -> Interval:
+    """The interval of the reciprocal of what ``interval`` is of; its ends must be above 0."""
+    return Interval(1 / interval.mean, 1 / interval.high, 1 / interval.low, interval.rows)
+
+
+def compared(limit: Limit, seen: Measured) -> Interval | float | None:
+    """What ``limit`` bounds: its interval, a plain figure where the metric is exact, None where it cannot be told."""
     if limit.kind in ("min", "max"):
-        if seen.interval is None:
-            return seen.value, None
-        return (seen.interval.low if limit.kind == "min" else seen.interval.high), seen.interval
-    if limit.kind in ("max_drop", "max_rise"):
-        sign = -1.0 if limit.kind == "max_drop" else 1.0
-        if seen.difference is not None:
-            ends = sorted((sign * seen.difference.low, sign * seen.difference.high))
-            return ends[1], Interval(sign * seen.difference.mean, ends[0], ends[1], seen.difference.rows)
-        return (None, None) if seen.teacher is None else (sign * (seen.value - seen.teacher), None)
+        return seen.value if seen.interval is None else seen.interval
     if seen.teacher is None:
-        return None, None
+        return None
+    return _difference(limit, seen) if limit.kind in ("max_drop", "max_rise") else _ratio(limit, seen)
+
+
+def _difference(limit: Limit, seen: Measured) -> Interval | float | None:
+    sign = -1.0 if limit.kind == "max_drop" else 1.0
+    if seen.difference is not None:
+        ends = sorted((sign * seen.difference.low, sign * seen.difference.high))
+        return Interval(sign * seen.difference.mean, ends[0], ends[1], seen.difference.rows)
+    return sign * (seen.value - seen.teacher) if seen.interval is None and seen.teacher is not None else None
+
+
+def _ratio(limit: Limit, seen: Measured) -> Interval | float | None:
+    if seen.ratio is not None:
+        if limit.kind == "max_ratio":
+            return seen.ratio
+        return turned(seen.ratio) if seen.ratio.low > 0 else None
     top, bottom = (seen.teacher, seen.value) if limit.kind == "min_ratio" else (seen.value, seen.teacher)
-    return (None, None) if bottom == 0 else (top / bottom, None)
+    return top / bottom if seen.interval is None and top is not None and bottom else None
 
 
 def judge_one(limit: Limit, measured: Mapping[str, Measured]) -> LimitResult:
@@ -105,16 +121,28 @@ def judge_one(limit: Limit, measured: Mapping[str, Measured]) -> LimitResult:
         known = ", ".join(sorted(measured)) or "nothing"
         reason = f"{limit.metric} was not measured; measured: {known}"
         return LimitResult(limit.metric, limit.kind, limit.bound, False, None, None, None, reason)
-    judged, interval = judged_value(limit, seen)
     what, upper = KINDS[limit.kind]
-    if judged is None:
-        reason = f"{limit.metric}: there is no teacher's figure to compare with"
-        return LimitResult(limit.metric, limit.kind, limit.bound, False, None, seen.value, None, reason)
+    found = compared(limit, seen)
+    if found is None:
+        why = "there is no teacher's figure to compare with"
+        if seen.teacher is not None:
+            why = f"{what} cannot be told: not measured on the teacher's rows, or a division by 0"
+        return LimitResult(
+            limit.metric, limit.kind, limit.bound, False, None, seen.value, None, f"{limit.metric}: {why}"
+        )
+    interval = found if isinstance(found, Interval) else None
+    judged = found if not isinstance(found, Interval) else found.high if upper else found.low
     passed = judged <= limit.bound if upper else judged >= limit.bound
-    span = f" (interval {interval.low:.4g} to {interval.high:.4g})" if interval else ""
-    sign = "<=" if upper else ">="
-    reason = f"{limit.metric}: {what} is {judged:.4g}{span}, allowed {sign} {limit.bound:g}"
+    reason = f"{limit.metric}: {what} is {told(found, upper=upper)}, allowed {'<=' if upper else '>='} {limit.bound:g}"
     return LimitResult(limit.metric, limit.kind, limit.bound, passed, judged, seen.value, interval, reason)
+
+
+def told(found: Interval | float, *, upper: bool) -> str:
+    """The measured mean, its interval, and the end of it that counts, in words; an exact figure stands alone."""
+    if not isinstance(found, Interval):
+        return f"{found:.4g}"
+    end, judged = ("upper", found.high) if upper else ("lower", found.low)
+    return f"{found.mean:.4g} (interval {found.low:.4g} to {found.high:.4g}), judged at its {end} end {judged:.4g}"
 
 
 def judge(limits: Sequence[Limit], measured: Mapping[str, Measured]) -> Verdict:

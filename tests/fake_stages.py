@@ -31,6 +31,7 @@ class TextParams(Params):
     times: int = Field(1, ge=1, le=9, description="how often")
     error: bool = Field(False, description="fail half-way")
     steps: int = Field(0, ge=0, description="slow stages: how many steps of 0.05 s")
+    context_tokens: int | None = Field(None, description="export: as the real one's")
 
 
 class BenchParams(Params):

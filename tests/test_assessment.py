@@ -223,6 +223,38 @@ def test_gate_ledger_and_limits(tmp_path: Path) -> None:
     assert high == pytest.approx(0.055, abs=0.006)
 
 
+def test_ratio_of_perplexities_is_judged_at_the_end_of_its_paired_interval(tmp_path: Path) -> None:
+    """Equal rises give a sharp ratio; a few rows that rise much give the same point and a wide one."""
+    n = 200
+    rows = np.linspace(1.0, 9.0, n)  # the paired interval is blind to how the rows differ among themselves
+    teacher = scored("teacher", [1.0] * n, list(rows), parameters=6, size=24)
+    even = scored("bundle", [1.0] * n, list(rows + 0.4), parameters=6, size=24)
+    rise = np.zeros(n)
+    rise[:8] = 0.4 * n / 8
+    uneven = scored("bundle", [1.0] * n, list(rows + rise), parameters=6, size=24)
+    limits = [{"metric": "perplexity", "max_ratio": 1.12}, {"metric": "perplexity", "min_ratio": 1 / 1.12}]
+    for name, shipped, passed in (("even", even, True), ("uneven", uneven, False)):
+        (tmp_path / name).mkdir()
+        _, verdict = judged(tmp_path / name, limits, [("teacher", teacher), ("bundle", shipped)])
+        for limit, point in zip(verdict["gate"]["limits"], (np.exp(0.1), np.exp(-0.1)), strict=True):
+            assert limit["value"] == pytest.approx(point)  # the same for both, and within the limit
+            assert limit["passed"] is passed
+    losses = np.random.default_rng(0).choice(rise, (20_000, n)).mean(axis=1) / 4.0
+    low, high = np.exp(np.quantile(losses, [0.025, 0.975]))
+    limit = verdict["gate"]["limits"][0]
+    assert (limit["low"], limit["high"]) == pytest.approx((low, high), rel=0.01)
+    assert limit["judged"] == limit["high"]
+
+
+def test_ratio_to_a_teacher_that_scores_nothing_is_no_pass(tmp_path: Path) -> None:
+    teacher = scored("teacher", [0.0] * 8 + [1.0], [4.0] * 9, parameters=6, size=24)
+    shipped = scored("bundle", [0.0] * 9, [4.0] * 9, parameters=6, size=24)
+    limits = [{"metric": "exact_match", "max_ratio": 9}]
+    _, verdict = judged(tmp_path, limits, [("teacher", teacher), ("bundle", shipped)])
+    assert not verdict["gate"]["passed"]
+    assert "cannot be told" in verdict["gate"]["limits"][0]["reason"]
+
+
 def test_ledger_in_perplexity_counts_a_rise_as_loss(tmp_path: Path) -> None:
     teacher = scored("teacher", [1.0] * 9, [4.0] * 9, parameters=6, size=24)
     shipped = scored("bundle", [1.0] * 9, [8.0] * 9, parameters=6, size=24)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from compress.errors import ModelError, TargetError
-from compress.estimates import Estimate, estimate
+from compress import doctor
+from compress.errors import ModelError, ProfileError, TargetError
+from compress.estimates import BF16_STEP_BYTES, BF16_WIDTH, Estimate, estimate
+from compress.model.distillation import settings
 from compress.model.shapes import parameter_count
 from compress.plans import Plan, plan
 from compress.profile import load_profile
+from compress.run_record import TIME_OF_ALL, TIME_TO_RUN
 from compress.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
@@ -107,6 +110,70 @@ def test_more_steps_take_longer_and_larger_batches_more_memory(tmp_path: Path) -
     assert more.figures["peak memory of the run"][0] > less.figures["peak memory of the run"][0] + 1e9
 
 
+@pytest.mark.parametrize(
+    ("sets", "measured"),
+    [
+        # Highest resident set of any stage of a finished run on 2 threads of an AMD EPYC (run.json, peak_memory_bytes).
+        (["avx2", "avx512f", "avx512_bf16"], 2_196_504_576),
+        # The scoring of the pool in that run; training in fp32 took less.
+        (["avx2"], 1_001_422_848),
+    ],
+)
+def test_memory_of_the_quickstart_is_near_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], measured: int
+) -> None:
+    machine = {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "memory_bytes": 3 * 2**30, "instruction_sets": sets}
+    monkeypatch.setattr(doctor, "machine", lambda threads: machine)
+    found = estimate(plan(load_profile("quickstart"), store=Store(tmp_path / "store"))).figures
+    assert measured / 1.5 < found["peak memory of the run"][0] < measured * 1.5
+
+
+def test_fp32_training_takes_no_memory_for_compiled_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path)
+    machine = {"threads": 2, "memory_bytes": 2**33, "instruction_sets": ["avx512f", "avx512_bf16"]}
+    monkeypatch.setattr(doctor, "machine", lambda threads: machine)
+    assert settings.BF16_WIDTH == BF16_WIDTH
+    for hidden, more in ((CONFIG["hidden_size"], 100 * BF16_STEP_BYTES), (96, 0)):  # narrow models train in fp32
+        config = {**CONFIG, "hidden_size": hidden, "num_attention_heads": 3, "num_key_value_heads": 3}
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+        peaks = [
+            foretold(path, f"steps[0].model.distillation.precision={kind}").figures["peak memory of the run"][0]
+            for kind in ("fp32", "auto")
+        ]
+        assert peaks[1] - peaks[0] == pytest.approx(more)
+
+
+def test_time_to_run_leaves_out_what_is_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path)
+    made = planned(path)
+    fresh = estimate(made)
+    assert fresh.figures[TIME_TO_RUN] == fresh.figures[TIME_OF_ALL]
+    slowest = max(zip(fresh.seconds, made.nodes, strict=True), key=lambda pair: pair[0] or 0)
+    stored = {slowest[1].key}
+    monkeypatch.setattr(Store, "lookup", lambda _, key, **__: tmp_path if key in stored else None)
+    found = foretold(path).figures
+    assert found[TIME_OF_ALL] == fresh.figures[TIME_OF_ALL]
+    assert found[TIME_TO_RUN][0] == pytest.approx(found[TIME_OF_ALL][0] - (slowest[0] or 0))
+    stored |= {node.key for node in made.nodes}
+    assert foretold(path).figures[TIME_TO_RUN] == (0.0, "s")
+
+
+def test_rows_of_a_hub_data_set_are_not_known_and_the_plan_says_so(tmp_path: Path) -> None:
+    path, hub_rows = folder(tmp_path), ["data.pool=somebody/some-rows"]
+    condense = "steps=[{data.selection: {method: dedup}}, {data.condensation: {rows: 5000}}, {model.distillation: {}}]"
+    found = foretold(path, *hub_rows, condense)
+    assert any(
+        "How many rows somebody/some-rows has is not known" in note and "told for 5000" in note for note in found.notes
+    )
+    local = foretold(path, condense)
+    assert not any("not known" in note for note in local.notes)
+    assert (found.seconds[1] or 0) > 0.3 + 5000 / 20_000 - 1e-9
+    found = foretold(path, *hub_rows, "steps=[{data.selection: {method: dedup}}, {model.distillation: {}}]")
+    assert found.seconds[:3] == [None, None, None]
+    assert any("is left out" in note for note in found.notes)
+    assert foretold(path, *hub_rows).seconds[1] is not None  # its steps say how long it trains
+
+
 def test_fewer_bits_give_a_smaller_bundle(tmp_path: Path) -> None:
     path = folder(tmp_path)
     sizes = [foretold(path, f"steps[1].model.quantization.bits={bits}").figures["bundle size"][0] for bits in (2, 4, 8)]
@@ -140,6 +207,24 @@ def test_plan_refuses_a_misfit_with_2_and_runs_nothing(tmp_path: Path) -> None:
         assert "edgestill: error: target watch: the bundle needs about" in done.stderr
         assert "Traceback" not in done.stderr
     assert not store.exists()
+
+
+def test_mix_towards_reference_rows_that_are_not_there(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    with pytest.raises(
+        ProfileError, match=r"steps\[0\]\.data\.quality\.mix: got reference, but the profile names no ref"
+    ):
+        planned(path, "steps=[{data.quality: {method: stabilize}}]")
+    planned(path, "steps=[{data.quality: {method: stabilize, mix: uniform}}]")
+
+
+def test_distillation_goes_on_from_plain_weights_only(tmp_path: Path) -> None:
+    steps = "steps=[{model.quantization: {method: rtn}}, {model.distillation: {init: INIT}}]"
+    planned(folder(tmp_path), steps.replace("INIT", "teacher_layers"))
+    with pytest.raises(
+        ProfileError, match=r"steps\[1\]\.model\.distillation: it stands after model\.quantization\.rtn"
+    ):
+        planned(tmp_path / "estimated.yaml", steps.replace("INIT", "checkpoint"))
 
 
 def test_unsupported_architecture_names_the_supported(tmp_path: Path) -> None:

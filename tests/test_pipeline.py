@@ -181,6 +181,18 @@ def test_changed_parameter_reruns_only_what_follows(
         assert node.name not in changed or follows or own
 
 
+def test_all_that_the_profile_says_of_reading_reaches_the_source(profile_path: Path, tmp_path: Path) -> None:
+    roles = planned(profile_path, Store(tmp_path / "store"), "data.separator='***'", "data.split=valid").roles
+    assert {(role, roles[role].params.separator, roles[role].params.split) for role in ("pool", "test")} == {
+        ("pool", "***", "valid"),
+        ("test", "***", "valid"),
+    }
+    rows = planned(profile_path, Store(tmp_path / "store"), "data.pool=a/rows", "data.test=a/rows").roles
+    assert [rows[role].params.split for role in ("pool", "test")] == ["train", "test"]
+    rows = planned(profile_path, Store(tmp_path / "store"), "data.test=a/rows@v1.0").roles
+    assert [rows[role].params.split for role in ("pool", "test")] == [None, "test"]
+
+
 def test_gate_change_reruns_the_gate_alone(profile_path: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     go(profile_path, store)
@@ -275,16 +287,19 @@ def test_gate_that_says_no_is_recorded(profile_path: Path, tmp_path: Path) -> No
     assert limit["low"] is not None
     assert limit["high"] is not None
     assert limit["low"] < 0.25 < limit["high"]
-    for word in ("exact_match", "at most 0.02 below the teacher", "model.distillation.fake"):
-        assert word in record["verdict"]
+    assert limit["judged"] == limit["high"]
+    span = f"interval {limit['low']:.4g} to {limit['high']:.4g}, judged at its upper end {limit['high']:.4g}"
+    assert record["verdict"] == (
+        f"The gate failed on exact_match: at most 0.02 below the teacher, measured 0.25 ({span}), from 0.75 against "
+        "the teacher's 1. The step that lost most is model.distillation.fake."
+    )
     assert record["bench"], "the benchmarks run even so"
 
 
-def test_metric_that_was_not_measured_fails_the_gate(profile_path: Path, tmp_path: Path) -> None:
-    record = go(profile_path, Store(tmp_path / "store"), "gate=[{metric: perplexity, max: 9}]")
-    assert record["status"] == "gate_failed"
-    assert record["gate"] is not None
-    assert "was not measured" in record["gate"]["limits"][0]["reason"]
+def test_exact_limit_that_fails_is_told_without_an_interval(profile_path: Path, tmp_path: Path) -> None:
+    record = go(profile_path, Store(tmp_path / "store"), "gate=[{metric: parameters, min_ratio: 7}]")
+    told = "parameters: at least 7 times smaller than the teacher, measured 6, from 100 against the teacher's 600. "
+    assert record["verdict"].startswith(f"The gate failed on {told}")
 
 
 @pytest.mark.parametrize(
@@ -302,6 +317,36 @@ def test_metric_that_was_not_measured_fails_the_gate(profile_path: Path, tmp_pat
 def test_until_stops_after_the_step(profile_path: Path, tmp_path: Path, until: str, last: str) -> None:
     nodes = planned(profile_path, Store(tmp_path / "store"), until=until).nodes
     assert nodes[-1].name == last
+
+
+@pytest.mark.parametrize("until", ["", " ", "None"])
+def test_until_that_names_nothing(profile_path: Path, tmp_path: Path, until: str) -> None:
+    with pytest.raises(ProfileError, match=rf"--until: no step is called '{until}'; expected one of data\.source"):
+        planned(profile_path, Store(tmp_path / "store"), until=until)
+
+
+@pytest.mark.parametrize("step", ["model.pruning: {text: p}", "model.quantization: {text: p}"])
+def test_codes_are_not_changed(profile_path: Path, tmp_path: Path, step: str) -> None:
+    steps = f"steps=[{{model.quantization: {{text: q}}}}, {{data.selection: {{method: first}}}}, {{{step}}}]"
+    told = rf"steps\[2\]\.{step.partition(':')[0]}: it stands after model\.quantization\.fake, steps\[0\]"
+    with pytest.raises(ProfileError, match=told + r".*expected plain weights\. Put it before steps\[0\]"):
+        planned(profile_path, Store(tmp_path / "store"), steps)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench.new_tokens=13", "bench: prompt_tokens 4 and new_tokens 13 make 17; expected at most 16 together, "
+         "the model's context"),
+        ("export.context_tokens=11", "prompt_tokens 4 and new_tokens 8 make 12; expected at most 11 together, "
+         "export.context_tokens"),
+    ],
+)  # fmt: skip
+def test_bench_beyond_the_context(profile_path: Path, tmp_path: Path, override: str, message: str) -> None:
+    (profile_path.parent / "teacher" / "config.json").write_text('{"max_position_embeddings": 16}')
+    planned(profile_path, Store(tmp_path / "store"), "bench.new_tokens=12")
+    with pytest.raises(ProfileError, match=message):
+        planned(profile_path, Store(tmp_path / "store"), override)
 
 
 def test_until_unknown_step(profile_path: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ steps:
       rate: 1e-5
       student: {heads: 8, order: [depth, width]}
 gate: [{metric: exact_match, max_drop: 0.02}]
+evaluate: {tasks: [function_call]}
 """
 
 
@@ -219,6 +220,41 @@ def test_mistakes(write, old, new, message):
     assert old in GOOD
     with pytest.raises(ProfileError, match=message):
         load(write(GOOD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("gate", "overrides", "message"),
+    [
+        ("metric: perplexity, max: 9", [], r"p\.yaml:15: gate\[0\]\.metric: perplexity is not measured by this "
+         r"profile; expected one of exact_match, .*, parameters, bundle_bytes\. Add perplexity to "
+         r"evaluate\.tasks, or take"),
+        ("metric: kl, max: 1", ["evaluate.tasks=[agreement]", "teacher=null"], r"gate\[0\]\.metric: kl is not "
+         r"measured .*; expected one of parameters, bundle_bytes\. Name a teacher"),
+        ("metric: kl, max_drop: 1", ["evaluate.tasks=[agreement]"], r"gate\[0\]\.max_drop: kl already compares with "
+         r"the teacher, who has no kl of its own; expected min or max\. Write {metric: kl, max: \.\.\.}"),
+        ("metric: top1_agreement, min_ratio: 1", ["evaluate.tasks=[agreement]"], r"gate\[0\]\.min_ratio: "
+         r"top1_agreement already .* Write {metric: top1_agreement, min: \.\.\.}"),
+        ("metric: parameters, min_ratio: 2", ["teacher=null"], r"gate\[0\]\.min_ratio: min_ratio compares with the "
+         r"teacher, and the profile names none; expected min or max\. Name a teacher"),
+        ("metric: bundle_bytes, max: 9", ["export=null"], r"gate\[0\]\.metric: bundle_bytes is not measured by this "
+         r"profile; expected one of .*, parameters\. Switch the export on"),
+        ("metric: exact_match, min: 0", ["evaluate=null"], r"gate\[0\]\.metric: exact_match is not measured by this "
+         r"profile; expected one of parameters, bundle_bytes\. Add function_call to evaluate\.tasks"),
+        ("metric: exact_match, min: 0", ["export.formats=[gptq]"], r"--set export\.formats=\[gptq\]: export\.formats: "
+         r"got gptq, but evaluate and bench run the ONNX bundle; expected onnx among them\. Add onnx, or set evaluate: "
+         r"null and bench: null"),
+        ("metric: parameters, max: 9", ["export.formats=[gptq]", "data.test=null"], "but bench run the ONNX bundle"),
+    ],
+)  # fmt: skip
+def test_a_gate_that_cannot_be_judged_is_refused(write, gate, overrides, message):
+    path = write(GOOD.replace("metric: exact_match, max_drop: 0.02", gate))
+    with pytest.raises(ProfileError, match=message):
+        load(path, *overrides)
+
+
+def test_a_checkpoint_export_that_nothing_runs_is_fine(write):
+    overrides = ["export.formats=[gptq]", "bench=null", "evaluate=null", "gate=[{metric: bundle_bytes, max: 9}]"]
+    assert load(write(), *overrides).export == {"formats": ["gptq"]}
 
 
 def test_all_mistakes_stand_in_one_message(write):

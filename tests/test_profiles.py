@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from compress.assessment_params import METRICS
 from compress.estimates import estimate
 from compress.pipeline import run
 from compress.plans import plan
@@ -59,6 +61,30 @@ def test_the_hub_profile_plans_without_weights_and_says_so(tmp_path):
     foretold = estimate(plan(profile, store=Store(tmp_path / "store")))
     assert foretold.figures["teacher parameters"][0] == 134_515_008  # as published for SmolLM2-135M
     assert any("not on this machine" in note for note in foretold.notes)
+    assert any("smol-smoltalk has is not known before it is fetched" in note for note in foretold.notes)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_measures_quality(name, brought, tmp_path):
+    profile = load_profile(name, overrides=brought.get(name, []))
+    roles = plan(profile, store=Store(tmp_path / "store")).roles
+    assert "verdict" in roles
+    quality = {metric for task in profile.evaluate["tasks"] for metric in METRICS[task]}
+    assert any(limit["metric"] in quality for limit in profile.gate)
+
+
+def test_the_hub_profile_learns_from_one_split_and_is_judged_on_the_other(tmp_path):
+    roles = plan(load_profile("smollm2-135m-raspberry-pi-5"), store=Store(tmp_path / "store")).roles
+    assert (roles["pool"].params.split, roles["test"].params.split) == ("train", "test")
+    assert roles["pool"].key != roles["test"].key
+
+
+def test_the_wheel_takes_all_files_of_the_profiles():
+    setup = tomllib.loads((built_in_profiles().parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = setup["tool"]["setuptools"]["package-data"]["profiles"]
+    taken = {path for pattern in patterns for path in built_in_profiles().glob(pattern) if path.is_file()}
+    needed = {path for suffix in ("*.yaml", "*.json", "*.jsonl") for path in built_in_profiles().rglob(suffix)}
+    assert not needed - taken
 
 
 def test_the_hub_profile_runs_on_a_shrunken_twin(tmp_path):
@@ -68,11 +94,15 @@ def test_the_hub_profile_runs_on_a_shrunken_twin(tmp_path):
     assert config["num_attention_heads"] // config["num_key_value_heads"] == shape["heads"] // shape["kv_heads"]
     tiny_checkpoint(tmp_path / "twin", "llama", **shape)
     write_rows(tmp_path / "pool.jsonl")
+    write_rows(tmp_path / "test.jsonl", count=20)
     profile = load_profile(
         "smollm2-135m-raspberry-pi-5",
         overrides=[
             f"teacher={tmp_path / 'twin'}",
             f"data.pool={tmp_path / 'pool.jsonl'}",
+            f"data.test={tmp_path / 'test.jsonl'}",
+            "gate[0].max_ratio=1000",  # random weights agree by chance alone
+            "gate[1].min=0",
             "steps[model.pruning].recovery.steps=3",
             "steps[model.quantization].calibration_tokens=500",
             "bench.prompt_tokens=4",
@@ -81,6 +111,7 @@ def test_the_hub_profile_runs_on_a_shrunken_twin(tmp_path):
     )
     record = run(profile, store=Store(tmp_path / "store"), progress=Progress(quiet=True))
     assert record["status"] == "done", record["error"]
+    assert [limit["metric"] for limit in record["gate"]["limits"]] == ["perplexity", "top1_agreement"]
     assert (Path(record["bundle"]) / "model.onnx").is_file()
     assert record["target"]["name"] == "raspberry-pi-5"
     shutil.rmtree(tmp_path / "store")

@@ -111,6 +111,20 @@ def test_an_early_failure_still_gives_a_page(record):
     assert "pool.jsonl:3: bad" in page
 
 
+@pytest.mark.parametrize("gate", [None, {"passed": True, "limits": [], "most_lost": None}])
+def test_a_run_of_which_nothing_was_judged_has_not_passed(record, gate):
+    assert '<section class="verdict yes"><b>Passed.</b>' in render(record)
+    page = render(record | {"gate": gate, "verdict": "Done; nothing was judged."})
+    assert '<section class="verdict open"><b>Not judged.</b> Done; nothing was judged.' in page
+    assert "Passed" not in page
+
+
+def test_gate_table_tells_what_was_measured_beside_the_end_that_was_judged(record):
+    page = render(record)
+    row = re.search(r"<td>at most 0.02 below the teacher</td>(.*?)</tr>", page, re.DOTALL)[1]
+    assert re.findall(r'<td class="n">([^<]*)</td>', row)[:3] == ["0.011", "0.0040 to 0.0170", "0.017"]
+
+
 def test_text_from_the_user_is_escaped(record):
     record["profile"]["description"] = "<script>alert(1)</script>"
     record["ledger"]["entries"][1]["step"] = "<b>&"

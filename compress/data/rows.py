@@ -272,7 +272,7 @@ def read_source(
     separator: str = "auto",
     split: str | None = None,
 ) -> SourceRead:
-    """Read a file, a folder of files, a `datasets` folder, or a hub name (``owner/name``) into rows.
+    """Read a file, a folder of files, a `datasets` folder, or a hub name (``owner/name[@revision]``) into rows.
 
     Args:
         columns: canonical column -> name in the files, such as ``{"prompt": "question"}``.
@@ -454,13 +454,16 @@ def _read_datasets(reader: _Reader, name: str, split: str | None) -> None:
     from datasets.exceptions import DatasetsError
 
     wanted = split or "train"
+    on_disk, (hub_name, _, revision) = _is_datasets_folder(Path(name)), name.partition("@")
     try:
-        found: Any = datasets.load_from_disk(name) if _is_datasets_folder(Path(name)) else datasets.load_dataset(name)
+        found: Any = (
+            datasets.load_from_disk(name) if on_disk else datasets.load_dataset(hub_name, revision=revision or None)
+        )
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             name,
             f"no such file or folder, and as a hub data set it cannot be loaded ({_first_line(error)})",
-            "a path, or a hub name owner/name",
+            "a path, or a hub name owner/name, or owner/name@revision",
             "Check the spelling, and the network if it is a hub name",
         ) from None
     if isinstance(found, Mapping):

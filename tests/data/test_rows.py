@@ -30,6 +30,8 @@ from compress.data.rows import (
     write_rows,
 )
 from compress.errors import DataError
+from compress.files import file_sha256
+from compress.identities import source_identity
 
 CHAT = chat_row("dim the lights", '{"name":"set_light"}')
 
@@ -117,6 +119,28 @@ def test_saved_datasets_folder(tmp_path: Path) -> None:
     assert read_source(tmp_path / "both", split="valid").rows[0].user == "a"
     with pytest.raises(DataError, match=r"no split 'test'; found train, validation"):
         read_source(tmp_path / "both", split="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("owner/rows", ("owner/rows", None)),
+        ("owner/rows-v1.5@main", ("owner/rows-v1.5", "main")),
+        ("owner/rows@v1.0", ("owner/rows", "v1.0")),
+    ],
+)
+def test_hub_name_may_pin_a_revision(monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str, str | None]) -> None:
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    def load(path: str, *, revision: str | None) -> Any:
+        seen.append((path, revision))
+        return {"train": [{"prompt": "a", "response": "b"}], "test": [{"prompt": "c", "response": "d"}]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [read_source(name, split=split).rows[0].user for split in (None, "test")] == ["a", "c"]
+    assert seen == [asked, asked]
+    assert len({source_identity(Path(text), file_sha256) for text in (name, "owner/rows@other")}) == 2
 
 
 # ---------------------------------------------------------------------------------- refusals

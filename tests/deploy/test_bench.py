@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from compress import cli
 from compress.errors import EdgestillError, ModelError
 from compress.model.checkpoint import read_config
 from deploy import bench as bench_module
 from deploy import sizing
-from deploy.bench import BENCH_FILE, bench, bench_bundle
+from deploy.bench import BENCH_FILE, bench, bench_bundle, target_estimate
 from deploy.params import BenchParams
 from deploy.sizing import Precision
 from deploy.targets import load_target
 from tests.deploy.tools import context
+
+PI = "raspberry-pi-5"
 
 
 def test_the_record_is_whole_and_agrees_with_itself(bundle: Path, quantized: Path, tmp_path: Path) -> None:
@@ -37,6 +41,36 @@ def test_the_record_is_whole_and_agrees_with_itself(bundle: Path, quantized: Pat
     config = read_config(quantized)
     estimate = sizing.estimate(config, Precision.of_checkpoint(quantized, config), load_target("x86-laptop-avx2"))
     assert estimate.peak_memory_bytes == pytest.approx(found["peak_memory_bytes"], rel=0.35)
+
+
+def test_the_target_is_estimated_beside_the_measurement(bundle: Path, quantized: Path, tmp_path: Path) -> None:
+    """From the bundle alone; near what the checkpoint's config gives."""
+    params, config, target = BenchParams(prompt_tokens=16, new_tokens=8), read_config(quantized), load_target(PI)
+    ctx = context("deploy.bench.local", tmp_path / "out", inputs={"bundle": bundle}, target=target)
+    result = bench(BenchParams(prompt_tokens=16, new_tokens=8, repeats=1), ctx)
+    assert json.loads((ctx.out / BENCH_FILE).read_text(encoding="utf-8")) == result.metrics
+    found = result.metrics["target_estimate"]
+    assert found == target_estimate(bundle, target, params)
+    assert result.notes[0] == f"target_estimate is reckoned for {PI}; nothing was measured there"
+    wanted = sizing.estimate(config, Precision.of_checkpoint(quantized, config), target, 24)
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"):
+        assert found[name] == pytest.approx(getattr(wanted, name), rel=0.05)
+    assert found["first_token_s"] == pytest.approx(16 / found["prefill_tokens_per_s"])
+    assert found["decode_tokens_per_s"] != pytest.approx(result.metrics["decode_tokens_per_s"], rel=1e-6)
+
+
+def test_the_command_tells_measurement_from_estimate(bundle: Path) -> None:
+    short = ["--set", "repeats=1", "--set", "prompt_tokens=4", "--set", "new_tokens=4"]
+    result = CliRunner().invoke(cli.app, ["bench", str(bundle), "--target", PI, *short])
+    assert result.exit_code == 0, result.output
+    assert "measured on this machine" in result.stdout
+    assert f"estimate for {PI}, not measured" in result.stdout
+    assert f"this machine is not {PI}: it " in result.stdout
+    plain = CliRunner().invoke(cli.app, ["bench", str(bundle), *short]).stdout
+    assert "estimate" not in plain
+    as_json = json.loads(CliRunner().invoke(cli.app, ["bench", str(bundle), "--target", PI, *short, "--json"]).stdout)
+    assert as_json["metrics"]["target_estimate"]["target"] == PI
+    assert any(note.startswith(f"this machine is not {PI}") for note in as_json["notes"])
 
 
 def test_lengths_beyond_the_context_are_refused(bundle: Path) -> None:

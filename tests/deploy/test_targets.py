@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import TargetError
-from deploy.targets import Target, built_in_targets, list_targets, load_target
+from deploy.targets import Target, built_in_targets, list_targets, load_target, unlike
 
 
 @pytest.mark.parametrize("name", list_targets())
@@ -63,3 +63,20 @@ def test_a_users_file_is_read(tmp_path: Path) -> None:
     target = load_target(_changed(tmp_path, "cores: 4\n", "cores: 2\n"))
     assert isinstance(target, Target)
     assert target.cores == 2
+
+
+def test_a_machine_that_is_not_the_target_is_told_from_it() -> None:
+    target = load_target("x86-laptop-avx2")
+    sets = ["sse4_2", "avx", "f16c", "avx2", "fma"]
+    laptop = {"cpu": "Intel(R) Core(TM) i5-10210U CPU @ 1.60GHz", "cores": 4, "instruction_sets": sets,
+              "system": "Linux x86_64"}  # fmt: skip
+    assert unlike(target, laptop) == []
+    assert unlike(target, laptop | {"cpu": "AMD EPYC", "cores": 2}) == [
+        "it has 2 usable cores, not 4", "its processor is AMD EPYC, not Intel Core i5-10210U"
+    ]  # fmt: skip
+    assert unlike(target, laptop | {"instruction_sets": sets[:3]}) == ["it lacks fma, avx2"]
+    board = {"cpu": "Raspberry Pi 5 Model B Rev 1.0", "cores": 4, "instruction_sets": ["asimd", "asimdhp", "asimddp"],
+             "system": "Linux aarch64"}  # fmt: skip
+    assert unlike(load_target("raspberry-pi-5"), board) == []
+    assert unlike(load_target("raspberry-pi-5"), board | {"cpu": "aarch64"}) == []  # a board that does not say
+    assert unlike(target, board)[0] == "it is aarch64, not x86_64"

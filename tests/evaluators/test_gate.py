@@ -11,6 +11,12 @@ def drop(low, high):
     return Measured(0.96, 0.97, difference=Interval((low + high) / 2, low, high, 500))
 
 
+def ratio(low, high):
+    """A shipped-over-teacher interval of a sampled metric."""
+    mean = (low + high) / 2
+    return Measured(mean * 4, 4.0, Interval(mean * 4, 1, 9, 500), ratio=Interval(mean, low, high, 500))
+
+
 @pytest.mark.parametrize(
     ("kind", "bound", "seen", "passed"),
     [
@@ -29,6 +35,13 @@ def drop(low, high):
         ("max_drop", 0.02, Measured(0.95, 0.97 - 1e-12), True),  # no rows: plain difference
         ("max_drop", 0.02, Measured(0.95), False),  # no teacher's figure: never a silent pass
         ("min_ratio", 1, Measured(0.0, 5.0), False),
+        ("max_ratio", 1.3, ratio(1.1, 1.3), True),
+        ("max_ratio", 1.29, ratio(1.1, 1.3), False),  # the point, 1.2, is fine, the far end is not
+        ("min_ratio", 0.77, ratio(0.5, 1 / 0.77), True),
+        ("min_ratio", 0.78, ratio(0.5, 1 / 0.77), False),  # teacher / shipped: its lower end counts
+        ("min_ratio", 0.1, ratio(0.0, 1.0), False),  # the shipped figure may be 0: no ratio to it
+        ("max_ratio", 9, Measured(2.0, 2.0, interval=Interval(2.0, 1.9, 2.1, 9)), False),  # sampled, but not paired
+        ("max_drop", 9, Measured(2.0, 2.0, interval=Interval(2.0, 1.9, 2.1, 9)), False),
     ],
 )
 def test_limits(kind, bound, seen, passed):
@@ -48,6 +61,14 @@ def test_one_failed_limit_fails_the_whole_gate():
     assert [r.passed for r in verdict.results] == [True, False]
     assert not verdict.passed
     assert verdict.as_dict()["results"][1]["judged"] == 2.0
+
+
+def test_reason_tells_the_mean_the_interval_and_the_end_that_counts():
+    (answer,) = judge([Limit("m", "max_drop", 0.02)], {"m": drop(-0.03, 0.01)}).results
+    told = "m: how much lower than the teacher's is 0.01 (interval -0.01 to 0.03), judged at its upper end 0.03"
+    assert answer.reason == f"{told}, allowed <= 0.02"
+    (answer,) = judge([Limit("m", "min_ratio", 6)], {"m": Measured(1.0, 5.0)}).results
+    assert answer.reason == "m: teacher / shipped is 5, allowed >= 6"
 
 
 def test_unknown_kind_is_an_error():
