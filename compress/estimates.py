@@ -27,12 +27,6 @@ FORWARD_SHARE = 0.5
 # A process with torch and transformers that has run a teacher over batches: 685 MB after evaluating one of 6 million
 # parameters, 950 to 1000 MB after scoring a pool with it; the allocator keeps what batches once took.
 BASE_BYTES = 800_000_000
-# Training in bf16 on a CPU keeps what was compiled for each shape of batch, in fp32 nothing. Growth measured at hidden
-# 256 with AVX-512 BF16: 290 MB after 60 steps and 570 MB after 260; with the earlier kernels 480 MB after 60
-# and 1140 MB after 500.
-BF16_STEP_BYTES, BF16_MOST_BYTES = 5e6, 9e8
-BF16_SETS = frozenset({"avx512_bf16", "amx_bf16"})
-BF16_WIDTH = 128  # as in compress.model.distillation.settings, which loads torch: a test holds them equal
 # how often the teacher reads all rows; with and without the prompt for IFD, the prompts alone for embeddings
 TEACHER_SCANS = {"mislabel": 1.2, "ifd": 1.6, "k_center": 0.6, "stabilize": 0.6}
 LAYER_SECONDS = 0.4e-3  # overhead of one layer in one decoding step of torch on a CPU
@@ -126,7 +120,6 @@ class _Walk:
         self.notes: list[str] = []
         self.rows_known = True
         self.rows = self._pool_rows()
-        self.bf16_steps = 0.0  # optimizer steps so far that may run in bf16
         self.peak = BASE_BYTES + 4 * self.teacher.parameters
         self.last = self.teacher
         self.bundle: _State | None = None
@@ -220,7 +213,7 @@ class _Walk:
         self._becomes(node, state)
         tokens = params.steps * params.batch_tokens if params.steps else params.epochs * self._tokens()
         seen = self._tokens() if params.targets == "cache" else tokens
-        self._training_memory(state, params, tokens / params.batch_tokens)
+        self._training_memory(state, params)
         if not self.rows_known and not params.steps:
             return None
         return 3.0 + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, seen)
@@ -232,7 +225,7 @@ class _Walk:
         state = _State(with_shape(before.config, shape))
         self._becomes(node, state)
         tokens = params.recovery.steps * params.recovery.batch_tokens
-        self._training_memory(before, params.recovery, params.recovery.steps)
+        self._training_memory(before, params.recovery)
         calibration = self.forward(before.parameters, params.calibration_tokens)
         return (
             3.0 + calibration + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, tokens)
@@ -247,12 +240,9 @@ class _Walk:
         self.bundle = self.model_of(node)
         return 6.0 + self.bundle.parameters / 20e6
 
-    def _training_memory(self, state: _State, params: Any, steps: float) -> None:
-        """Raise the peak to what training ``state`` for ``steps`` takes; ``params`` has batch_tokens and precision."""
+    def _training_memory(self, state: _State, params: Any) -> None:
+        """Raise the peak to what training ``state`` takes; ``params`` has batch_tokens."""
         config, tokens = state.config, params.batch_tokens
-        able = BF16_SETS & set(self.plan.facts.device["instruction_sets"]) and int(config["hidden_size"]) >= BF16_WIDTH
-        if params.precision == "bf16" or (params.precision == "auto" and able):
-            self.bf16_steps += steps
         # per token and layer about 16 hidden-sized and 4 FFN-sized float32 values are kept for the backward pass,
         # and three copies of the logits (student, gradient, targets) at the end
         inner = int(config["num_hidden_layers"]) * (
@@ -260,7 +250,6 @@ class _Walk:
         )
         activations = 4 * tokens * (inner + 3 * int(config["vocab_size"]))
         need = BASE_BYTES + ADAM_BYTES * state.parameters + 4 * self.teacher.parameters + activations
-        need += min(BF16_STEP_BYTES * self.bf16_steps, BF16_MOST_BYTES)
         self.peak = max(self.peak, need)
 
     def _evaluation(self, node: Node) -> float:

@@ -210,7 +210,7 @@ class LocalTeacher:
         config = read_config(self._folder)
         stored = config.get("dtype") or config.get("torch_dtype")
         low = stored == "bfloat16" and choose_bf16(
-            "auto", width=int(config["hidden_size"]), device=self.model.device.type
+            "auto", width=int(config["hidden_size"]), training=False, device=self.model.device.type
         )
         dtype = torch.bfloat16 if low else torch.float32
         with _bar(progress, "score", len(rows)) as bar:

@@ -11,8 +11,7 @@ import pytest
 
 from compress import doctor
 from compress.errors import ModelError, ProfileError, TargetError
-from compress.estimates import BF16_STEP_BYTES, BF16_WIDTH, Estimate, estimate
-from compress.model.distillation import settings
+from compress.estimates import Estimate, estimate
 from compress.model.shapes import parameter_count
 from compress.plans import Plan, plan
 from compress.profile import load_profile
@@ -126,21 +125,6 @@ def test_memory_of_the_quickstart_is_near_what_was_measured(
     monkeypatch.setattr(doctor, "machine", lambda threads: machine)
     found = estimate(plan(load_profile("quickstart"), store=Store(tmp_path / "store"))).figures
     assert measured / 1.5 < found["peak memory of the run"][0] < measured * 1.5
-
-
-def test_fp32_training_takes_no_memory_for_compiled_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = folder(tmp_path)
-    machine = {"threads": 2, "memory_bytes": 2**33, "instruction_sets": ["avx512f", "avx512_bf16"]}
-    monkeypatch.setattr(doctor, "machine", lambda threads: machine)
-    assert settings.BF16_WIDTH == BF16_WIDTH
-    for hidden, more in ((CONFIG["hidden_size"], 100 * BF16_STEP_BYTES), (96, 0)):  # narrow models train in fp32
-        config = {**CONFIG, "hidden_size": hidden, "num_attention_heads": 3, "num_key_value_heads": 3}
-        (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
-        peaks = [
-            foretold(path, f"steps[0].model.distillation.precision={kind}").figures["peak memory of the run"][0]
-            for kind in ("fp32", "auto")
-        ]
-        assert peaks[1] - peaks[0] == pytest.approx(more)
 
 
 def test_time_to_run_leaves_out_what_is_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Grads = tuple[Tensor | None, ...]
+# A CPU's bf16 products are compiled for every new number of rows, which takes longer than the product itself, and the
+# compiled code is kept: rows are rounded up to this, so that batches of many sizes share a few kernels.
+ROW_GRID = 256
+
+
+def low(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """``states`` (M, ...) in ``dtype``; in bf16 on a CPU with zero rows behind, up to a multiple of `ROW_GRID`."""
+    if dtype != torch.bfloat16 or states.device.type != "cpu":
+        return states.to(dtype)
+    rows = -(-states.shape[0] // ROW_GRID) * ROW_GRID
+    padded = torch.empty(rows, *states.shape[1:], dtype=dtype)
+    padded[: states.shape[0]] = states
+    padded[states.shape[0] :] = 0
+    return padded
 
 
 def _unit(states: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -60,20 +74,21 @@ class NormLinear(torch.autograd.Function):
         ctx: Any, states: Tensor, gain: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, dtype: torch.dtype
     ) -> Tensor:
         unit, inverse = _unit(states, epsilon)
-        unit, folded = unit.to(dtype), (weight * gain).to(dtype)
+        unit, folded = low(unit, dtype), (weight * gain).to(dtype)
         ctx.save_for_backward(unit, inverse, folded, gain, weight)
         ctx.biased = bias is not None
-        return functional.linear(unit, folded, None if bias is None else bias.to(dtype))
+        return functional.linear(unit, folded, None if bias is None else bias.to(dtype))[: len(states)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Grads:
         unit, inverse, folded, gain, weight = ctx.saved_tensors
-        d_unit = (outer[0] @ folded).to(inverse.dtype)
-        d_folded = (outer[0].T @ unit).to(weight.dtype)
+        count, given = len(inverse), low(outer[0], folded.dtype)
+        d_unit = (given @ folded)[:count].to(inverse.dtype)
+        d_folded = (given.T @ unit).to(weight.dtype)
         d_bias = outer[0].sum(0, dtype=weight.dtype) if ctx.biased else None
         d_gain = (d_folded * weight).sum(0)
-        return _unit_backward(d_unit, unit, inverse), d_gain, d_folded.mul_(gain), d_bias, None, None
+        return _unit_backward(d_unit, unit[:count], inverse), d_gain, d_folded.mul_(gain), d_bias, None, None
 
 
 class AddLinear(torch.autograd.Function):
@@ -83,21 +98,24 @@ class AddLinear(torch.autograd.Function):
     def forward(  # noqa: PLR0917 - the signature is autograd's
         ctx: Any, states: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        inner, low = inner.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(inner, low)
+        inner, short = low(inner, dtype), weight.to(dtype)
+        ctx.save_for_backward(inner, short)
         ctx.kinds = weight.dtype, bias is not None
         # the sum stays in the number format of the states, which the fused product cannot give
-        summed = torch.addmm(states, inner, low.T) if dtype == states.dtype else states + inner @ low.T
+        if dtype == states.dtype:
+            summed = torch.addmm(states, inner, short.T)
+        else:
+            summed = states + (inner @ short.T)[: len(states)]
         return summed if bias is None else summed.add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Grads:
-        inner, low = ctx.saved_tensors
+        inner, short = ctx.saved_tensors
         kind, biased = ctx.kinds
-        given = outer[0].to(low.dtype)
+        count, given = len(outer[0]), low(outer[0], short.dtype)
         d_bias = outer[0].sum(0) if biased else None
-        return outer[0], given @ low, (given.T @ inner).to(kind), d_bias, None
+        return outer[0], (given @ short)[:count], (given.T @ inner).to(kind), d_bias, None
 
 
 class Gated(torch.autograd.Function):

@@ -17,6 +17,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from compress.model.distillation.kernels import low
+
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cache of a server, small beside a model
 
 
@@ -220,7 +222,7 @@ class _Fused(torch.autograd.Function):
         chunk: int,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with_grad, low = dtype is not None, head if dtype is None else head.to(dtype)
+        with_grad, short = dtype is not None, head if dtype is None else head.to(dtype)
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)  # loss, ce, kl
         d_hidden = torch.empty_like(hidden) if with_grad else None
@@ -233,9 +235,9 @@ class _Fused(torch.autograd.Function):
             *losses, grad = combined(logits, labels[start:stop], aim, weights, with_grad=with_grad)
             sums += torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
             if grad is not None and d_hidden is not None and d_head is not None:
-                grad = grad.to(low.dtype)
-                d_hidden[start:stop] = grad @ low
-                d_head += grad.T @ part.to(low.dtype)
+                grad = low(grad, short.dtype)
+                d_hidden[start:stop] = (grad @ short)[: len(part)]
+                d_head += grad.T @ low(part, short.dtype)
         ctx.save_for_backward(d_hidden, d_head)
         loss, ce, kl = sums.to(kind).unbind()
         ctx.mark_non_differentiable(ce, kl)

@@ -17,7 +17,7 @@ from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.optimizers import OptimizerName
 
 Precision = Literal["auto", "fp32", "bf16"]
-BF16_WIDTH = 128  # narrower models lose more by the casts than the products win
+BF16_TRAINING_WIDTH, BF16_SCORING_WIDTH = 512, 128  # in narrower models the casts eat what the products win
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,14 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def choose_bf16(precision: Precision, *, width: int, device: str = "cpu") -> bool:
+def choose_bf16(precision: Precision, *, width: int, training: bool = True, device: str = "cpu") -> bool:
     """Whether the products of a model of hidden size ``width`` run in bf16; ``auto`` takes the faster format.
 
-    On a CPU that is bf16 where it has instructions for it and the model is not tiny: measured at hidden 256 and above,
-    a step takes 0.5 to 0.85 of its time in fp32, below 128 more than that (``docs/decisions.md``). A rule and not a
-    timing in place, which another busy process would tip: the same inputs must give the same bytes.
+    A rule from measurements (``docs/decisions.md``) and not a timing in place, which another busy process would tip:
+    the same inputs must give the same bytes.
     """
     if precision != "auto":
         return precision == "bf16"
     if device != "cpu":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return cpu_has_bf16() and width >= BF16_WIDTH
+    return cpu_has_bf16() and width >= (BF16_TRAINING_WIDTH if training else BF16_SCORING_WIDTH)

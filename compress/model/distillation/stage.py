@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
-from compress.model.distillation.cache import TargetCache
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
@@ -22,20 +19,16 @@ from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import (
-    CachedTargets,
-    OnlineTargets,
-    TargetFn,
-    cache_header,
     check_rows_fit,
-    fill_cache,
     local_folder,
     shared_vocabulary,
+    teacher_targets,
 )
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.shapes import shape_of
 
 if TYPE_CHECKING:
-    from compress.teachers import Teacher
+    pass
 
 TRAINING_LOG = "training.jsonl"
 _TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
@@ -68,7 +61,12 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         check_rows_fit(table, configs, where=ctx.name)
         bf16 = choose_bf16(params.precision, width=student.config.hidden_size)
         before = count_parameters(teacher)
-        target_fn, figures = _targets(params, ctx, teacher, table, header=(tokenizer, ctx.teacher), bf16=bf16)
+        target_fn, figures = None, {}
+        if params.kd_weight:
+            named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
+            target_fn, figures = teacher_targets(
+                teacher, table, params, named=named, folder=cache, progress=ctx.progress
+            )
         del teacher  # with cached targets this frees its memory before training
         log = ctx.work / TRAINING_LOG
         report = train(student, target_fn, table, train_settings(params, ctx.seed, bf16=bf16), ctx, log, vocab=vocab)
@@ -101,31 +99,6 @@ def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSetti
         precision="bf16" if bf16 else "fp32",
         seed=seed,
     )
-
-
-def _targets(
-    params: LogitsParams,
-    ctx: StageContext,
-    teacher: PreTrainedModel,
-    table: RowTable,
-    *,
-    header: tuple[Any, Teacher],
-    bf16: bool,
-) -> tuple[TargetFn | None, dict[str, Any]]:
-    """The callable that the trainer asks, and figures about it."""
-    if params.kd_weight == 0:
-        return None, {}
-    online = OnlineTargets(teacher, vocab=table.vocab, temperature=params.temperature, bf16=bf16)
-    if params.targets == "online":
-        return online, {}
-    tokenizer, source = header
-    about = cache_header(
-        tokenizer, teacher=source.identity, vocab=table.vocab, top_k=params.top_k, temperature=params.temperature
-    )
-    cache = TargetCache(ctx.work / "targets", about)
-    fill_cache(cache, table, online, ctx.progress)
-    figures = {"target_bytes_per_token": about.bytes_per_token, "target_positions": cache.positions}
-    return CachedTargets(cache, table), figures
 
 
 def _lasting(report: TrainReport) -> dict[str, Any]:

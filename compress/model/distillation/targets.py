@@ -1,6 +1,7 @@
 """The teacher's side of distillation: one callable, ``targets(batch) -> Targets``; the trainer cannot tell which.
 
-`OnlineTargets` runs the teacher on the batch; `CachedTargets` reads what `fill_cache` stored. `shared_vocabulary`
+`teacher_targets` makes it: `OnlineTargets` runs the teacher on the batch, `CachedTargets` reads what `fill_cache`
+stored. `shared_vocabulary`
 says how many token ids teacher and student have in common, `cache_header` what a cache is of.
 Knows nothing of losses beyond the shape of a target, and nothing of optimizers.
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress.errors import ModelError
 from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, encode, shards
@@ -22,6 +24,7 @@ from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
 from compress.model.distillation.resume import value_digest
+from compress.model.distillation.settings import Precision, choose_bf16
 from compress.model.layers import output_head
 
 if TYPE_CHECKING:
@@ -32,6 +35,22 @@ logger = logging.getLogger(__name__)
 TargetFn = Callable[[Batch], Targets]
 SHARD_POSITIONS = 16_384  # a kill loses at most the teacher's work on these
 TEACHER_TOKENS = 4_096  # padded tokens of one teacher batch
+
+
+class TargetParams(Protocol):
+    """What the parameters of a stage say about its targets."""
+
+    @property
+    def targets(self) -> Literal["cache", "online"]: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def precision(self) -> Precision: ...
 
 
 class OnlineTargets:
@@ -71,6 +90,36 @@ class CachedTargets:
         if device.type == "cpu":
             return sparse
         return type(sparse)(sparse.ids.to(device), sparse.logprobs.to(device), sparse.log_tail.to(device))
+
+
+def teacher_targets(
+    teacher: PreTrainedModel,
+    table: RowTable,
+    params: TargetParams,
+    *,
+    named: tuple[Any, str],
+    folder: Path,
+    progress: Progress,
+) -> tuple[TargetFn, dict[str, Any]]:
+    """The callable that the trainer asks, and figures about it; a cache is made in ``folder``, or gone on with.
+
+    ``named`` is the tokenizer that made the rows and the teacher's identity.
+    """
+    width, device = int(teacher.config.hidden_size), teacher.device.type
+    bf16 = choose_bf16(params.precision, width=width, training=params.targets == "online", device=device)
+    online = OnlineTargets(teacher, vocab=table.vocab, temperature=params.temperature, bf16=bf16)
+    if params.targets == "online":
+        return online, {}
+    tokenizer, identity = named
+    about = cache_header(
+        tokenizer, teacher=identity, vocab=table.vocab, top_k=params.top_k, temperature=params.temperature
+    )
+    cache = TargetCache(folder, about)
+    fill_cache(cache, table, online, progress)
+    return CachedTargets(cache, table), {
+        "target_bytes_per_token": about.bytes_per_token,
+        "target_positions": cache.positions,
+    }
 
 
 def fill_cache(cache: TargetCache, table: RowTable, online: OnlineTargets, progress: Progress) -> None:

@@ -32,6 +32,10 @@ class RecoveryParams(Params):
     learn: Literal["answer", "all"] = Field(
         default="answer", description="which tokens are targets: the answers, or all tokens, user turns included"
     )
+    targets: Literal["cache", "online"] = Field(
+        default="online", description="run the model that is learned from in every step, or once and store what it says"
+    )
+    top_k: int = Field(default=32, ge=1, le=1 << 16, description="entries of the cache per token")
     target: Literal["teacher", "unpruned"] = Field(
         default="teacher", description="whose logits: the profile's teacher, or the model as it was before pruning"
     )

@@ -20,8 +20,8 @@ from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED
 from compress.model.distillation.packing import RowTable
-from compress.model.distillation.settings import TrainSettings, choose_bf16
-from compress.model.distillation.targets import OnlineTargets, check_rows_fit
+from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.targets import check_rows_fit, teacher_targets
 from compress.model.distillation.trainer import train
 from compress.model.pruning.params import RecoveryParams
 
@@ -38,24 +38,28 @@ def recover(
     steps: int,
     ctx: StageContext,
     unpruned: Path,
+    cache: Path,
 ) -> dict[str, Any]:
     """Train ``student`` in place for ``steps`` and return what came of it, as JSON values; the log is in ``ctx.work``.
+
+    ``cache`` is the folder of the teacher's cached targets, the same for all rounds.
 
     Killed and called again with the same student and ``ctx.work`` it goes on. Raises as `trainer.train` does.
     """
     folder, notes = target_folder(params, ctx, unpruned)
     rows = [row.learning(params.learn) for row in rows]
     vocab = max(load_tokenizer(unpruned).get_vocab().values()) + 1
+    table = RowTable(rows, vocab=vocab, where=ctx.name)
     target_fn = None
     if params.kd_weight > 0:
         check_folder(folder)
         teacher = load_model(folder)
-        bf16 = choose_bf16(params.precision, width=teacher.config.hidden_size)
-        check_rows_fit(RowTable(rows, vocab=vocab, where=ctx.name), [teacher.config.to_dict()], where=ctx.name)
-        target_fn = OnlineTargets(teacher, vocab=vocab, temperature=params.temperature, bf16=bf16)
+        check_rows_fit(table, [teacher.config.to_dict()], where=ctx.name)
+        named = load_tokenizer(unpruned), str(params.target)  # the cache lies in the folder of this very artifact
+        target_fn, _ = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
     for parameter in student.parameters():
         parameter.requires_grad_(True)
-    report = train(student, target_fn, rows, settings(params, steps, ctx.seed), ctx, ctx.work / LOG, vocab=vocab)
+    report = train(student, target_fn, table, settings(params, steps, ctx.seed), ctx, ctx.work / LOG, vocab=vocab)
     found = asdict(report)
     return {"recovery": {name: found[name] for name in LASTING}, "notes": notes + report.notes}
 

@@ -205,7 +205,8 @@ class _Run:
         steps = _share(params.recovery.steps, number, len(path))
         if steps:
             inner = replace(self.ctx, work=self.recovery_work(number), seed=seed)
-            found = recover(model, rows, params.recovery, steps=steps, ctx=inner, unpruned=self.source)
+            cache = self.ctx.work / "targets"
+            found = recover(model, rows, params.recovery, steps=steps, ctx=inner, unpruned=self.source, cache=cache)
             record |= found | {"loss": mean_loss(model, checked)}
         return record
 

@@ -12,6 +12,7 @@ import pytest
 
 from compress.errors import ModelError
 from compress.model import checkpoint
+from compress.model.distillation import targets
 from compress.model.pruning import recovery, structured
 from compress.model.pruning.params import RecoveryParams, StructuredParams
 from tests.model.pruning.test_structured import SIZES, Killed, context
@@ -44,6 +45,16 @@ def test_recovery_brings_the_student_nearer_to_the_unpruned(source: Path, tmp_pa
     checkpoint.check_folder(tmp_path / "out")
 
 
+def test_cached_targets_give_nearly_what_the_running_model_gives(source: Path, tmp_path: Path) -> None:
+    losses = []
+    for kind, top_k in (("online", 32), ("cache", 1 << 16)):
+        ctx = context(tmp_path, source, out=kind, work=f"{kind}-work")
+        result = structured.prune(params(steps=40, targets=kind, top_k=top_k), ctx)
+        losses.append([report["validation_loss"] for report in result.metrics["recovery"]])
+    assert (tmp_path / "cache-work" / "targets" / "shard-00000.safetensors").is_file()
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3), "fp16 rounds the cache"
+
+
 def test_kills_in_training_change_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = recovery.settings
     monkeypatch.setattr(
@@ -51,7 +62,7 @@ def test_kills_in_training_change_nothing(source: Path, tmp_path: Path, monkeypa
     )
     whole = structured.prune(params(), context(tmp_path, source, out="whole", work="whole-work"))
     calls: list[int] = []
-    real = recovery.OnlineTargets.__call__
+    real = targets.OnlineTargets.__call__
 
     def dying(self: Any, batch: Any) -> Any:
         calls.append(1)
@@ -59,7 +70,7 @@ def test_kills_in_training_change_nothing(source: Path, tmp_path: Path, monkeypa
             raise Killed
         return real(self, batch)
 
-    monkeypatch.setattr(recovery.OnlineTargets, "__call__", dying)
+    monkeypatch.setattr(targets.OnlineTargets, "__call__", dying)
     for _ in range(3):
         with pytest.raises(Killed):
             structured.prune(params(), context(tmp_path, source))
