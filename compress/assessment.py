@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,15 @@ class Runtime(Protocol):
 
     def logits(self, ids: Any) -> NDArray[np.float32]:
         """Logits (T, vocabulary) after each of the ids (T,)."""
+        ...
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A runtime that can tell by one forward pass whether it would write a given answer."""
+
+    def would_write(self, prompts: Any, answers: Any, stop_ids: frozenset[int]) -> list[bool]:
+        """One verdict per prompt."""
         ...
 
 
@@ -159,9 +168,9 @@ def call_task(subject: Subject, rows: Sequence[Row], params: EvaluateParams, sco
     tokenizer = subject.tokenizer
     prompts = [encode_prompt(row.prompt, tokenizer) for row in rows]
     stop = stop_ids(tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # runtimes batch prompts of like length
-    texts = [""] * len(prompts)
+    texts, order = _foreseen(subject, rows, prompts, stop, params.max_new_tokens)
     with ctx.progress.bar(f"answers of the {subject.name}", len(prompts)) as bar:
+        bar.advance(len(prompts) - len(order))
         for at in range(0, len(order), GENERATED_AT_ONCE):
             part = order[at : at + GENERATED_AT_ONCE]
             answers = subject.runtime.generate([prompts[i] for i in part], params.max_new_tokens, stop)
@@ -174,6 +183,23 @@ def call_task(subject: Subject, rows: Sequence[Row], params: EvaluateParams, sco
         for row, text in zip(rows, texts, strict=True):
             line = {"id": row.id, "request": row.user, "reference": row.answer, "prediction": text}
             out.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _foreseen(
+    subject: Subject, rows: Sequence[Row], prompts: Sequence[Sequence[int]], stop: Sequence[int], limit: int
+) -> tuple[list[str], list[int]]:
+    """Texts that need no generation, and the rows that do, short prompts first, since runtimes batch like lengths."""
+    texts = [""] * len(rows)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if not isinstance(subject.runtime, Foreseeing):
+        return texts, order
+    encoded = subject.tokenizer([row.answer for row in rows], add_special_tokens=False)["input_ids"]
+    fit = [i for i in order if 0 < len(encoded[i]) < limit and decode(encoded[i], subject.tokenizer) == rows[i].answer]
+    verdicts = subject.runtime.would_write([prompts[i] for i in fit], [encoded[i] for i in fit], frozenset(stop))
+    certain = {i for i, sure in zip(fit, verdicts, strict=True) if sure}
+    for i in certain:
+        texts[i] = rows[i].answer
+    return texts, [i for i in order if i not in certain]
 
 
 def token_tasks(

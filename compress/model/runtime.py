@@ -94,6 +94,30 @@ class TorchRuntime:
         return answers
 
     @torch.inference_mode()
+    def would_write(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], stop_ids: frozenset[int]
+    ) -> list[bool]:
+        """Whether `generate` would give exactly these answers, each from one forward pass instead of a generation.
+
+        Greedy decoding writes an answer exactly when each of its tokens is the first choice behind the prompt and the
+        tokens before it, and then a stop token is. Rounding could tell otherwise only where two first choices tie.
+        """
+        verdicts = [False] * len(prompts)
+        rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if len(rows[i]) < self.context]
+        for start in range(0, len(order), self.batch_size):
+            picked = order[start : start + self.batch_size]
+            width = len(rows[picked[-1]])
+            ids = torch.tensor([[*rows[i], *[self.pad_id] * (width - len(rows[i]))] for i in picked])
+            output: Any = self.model(input_ids=ids.to(self.model.device), use_cache=False)
+            chosen = output.logits.argmax(dim=-1).tolist()  # (B, T): no row sees the padding on its right
+            for index, line in zip(picked, chosen, strict=True):
+                told = line[len(prompts[index]) - 1 : len(rows[index])]
+                same = told[:-1] == list(answers[index]) and not stop_ids & set(told[:-1])
+                verdicts[index] = same and told[-1] in stop_ids
+        return verdicts
+
+    @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (T, vocabulary) after each of the ``ids``; DataError when they exceed the context."""
         if not 0 < len(ids) <= self.context:

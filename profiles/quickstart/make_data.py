@@ -47,12 +47,12 @@ def pair(request: grammar.Request) -> Pair:
 
 
 def skewed_names(rng: Random) -> list[str]:
-    """Function names in the pool's mix: a few are asked ten times as often as the rarest."""
+    """Function names in the pool's mix: the most asked comes five times as often as the rarest."""
     names = list(grammar.NAMES)
     rng.shuffle(names)
     weighted: list[str] = []
     for rank, name in enumerate(names):
-        weighted += [name] * max(1, round(10 * 0.85**rank))
+        weighted += [name] * max(1, round(10 * 0.92**rank))
     return weighted
 
 

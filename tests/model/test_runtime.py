@@ -42,6 +42,24 @@ def test_generate_equals_transformers(arch: str, batch_size: int) -> None:
     assert got == expected
 
 
+@pytest.mark.parametrize(("arch", "batch_size"), [("llama", 1), ("qwen2", 4), ("qwen3", 16)])
+def test_would_write_is_true_exactly_where_generation_gives_the_answer(arch: str, batch_size: int) -> None:
+    runtime = TorchRuntime(tiny_model(arch, seed=3, scale=0.5), batch_size=batch_size)
+    asked = prompts(9)
+    free = runtime.generate(asked, 12, [4])
+    stops = frozenset({4, free[0][5], free[3][2], free[5][7]})
+    written = runtime.generate(asked, 12, stops)
+    ended = [len(answer) < 13 for answer in runtime.generate(asked, 13, stops)]
+    assert any(ended), "some rows end at a stop token"
+    assert not all(ended)
+    assert runtime.would_write(asked, written, stops) == ended
+    changed = [[*answer[:-1], (answer[-1] + 1) % 320] if answer else [7] for answer in written]
+    cut = [answer[:-1] for answer in written]
+    for other in (changed, cut):
+        verdicts = runtime.would_write(asked, other, stops)
+        assert verdicts == [a == b and end for a, b, end in zip(other, written, ended, strict=True)]
+
+
 def test_generation_ends_where_the_context_ends() -> None:
     model = tiny_model(positions=10)
     runtime = TorchRuntime(model)

@@ -17,7 +17,7 @@ from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.optimizers import OptimizerName
 
 Precision = Literal["auto", "fp32", "bf16"]
-BF16_TRAINING_WIDTH, BF16_SCORING_WIDTH = 512, 128  # in narrower models the casts eat what the products win
+BF16_TRAINING_WIDTH, BF16_SCORING_WIDTH = 256, 128  # in narrower models the casts eat what the products win
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import (
+    TargetFn,
     check_rows_fit,
     local_folder,
     shared_vocabulary,
@@ -61,7 +62,8 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         check_rows_fit(table, configs, where=ctx.name)
         bf16 = choose_bf16(params.precision, width=student.config.hidden_size)
         before = count_parameters(teacher)
-        target_fn, figures = None, {}
+        target_fn: TargetFn | None = None
+        figures: dict[str, Any] = {}
         if params.kd_weight:
             named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
             target_fn, figures = teacher_targets(
