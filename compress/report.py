@@ -61,7 +61,7 @@ def ledger_plot(ledger: Ledger) -> str:
     if not points:
         return ""
     metric = ledger["metric"]
-    words = (lambda v: f"{v * 100:+.2f} points") if metric in SHARES else (lambda v: f"{v:+.4g}")
+    words = (lambda v: f"{v * 100:+z.2f} points") if metric in SHARES else (lambda v: f"{v:+.4g}")
     return charts.differences(points, title=f"Loss ledger: {metric} given up by every step", words=words)
 
 
