@@ -21,7 +21,13 @@ def _cached(spec: str) -> Path | None:
     """Newest snapshot of ``spec`` in the hub's cache; looked up by hand, because importing the client takes long."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = cache / ("models--" + spec.replace("/", "--")) / "snapshots"
+    name, _, revision = spec.partition("@")
+    models = cache / ("models--" + name.replace("/", "--"))
+    if revision:  # a branch or tag stands in refs with its commit, a commit names its folder
+        ref = models / "refs" / revision
+        folder = models / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
+        return folder if (folder / "config.json").is_file() else None
+    snapshots = models / "snapshots"
     found = [folder for folder in snapshots.glob("*") if (folder / "config.json").is_file()]
     return max(found, key=lambda folder: (folder.stat().st_mtime, folder.name), default=None)
 

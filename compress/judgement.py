@@ -19,7 +19,7 @@ from evaluators.gate import Limit, LimitResult, Measured
 from evaluators.gate import judge as hold
 
 FILE = "verdict.json"
-PREFERRED = ("exact_match", "exact_text", "perplexity", "nll", "kl")  # the ledger's metric, the first that was measured
+PREFERRED = ("exact_match", "perplexity", "nll", "kl")  # the ledger's metric, the first that was measured
 
 WORDS = {
     "min": "at least {0:g}",

@@ -17,7 +17,7 @@ from compress.errors import StoreError
 from compress.run_record import CurveRecord, Ledger, LedgerEntry, RunRecord
 
 TONES = ("a", "b", "c", "d", "e")
-SHARES = {"exact_match", "function_accuracy", "argument_f1", "valid_json", "top1_agreement", "exact_text", "token_f1"}
+SHARES = {"exact_match", "function_accuracy", "argument_f1", "valid_json", "top1_agreement"}
 
 
 def quality_words(metric: str) -> Any:

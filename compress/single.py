@@ -20,7 +20,7 @@ from typing import Any
 
 from compress import doctor, hub, identities
 from compress.context import Params, StageContext, StageResult
-from compress.errors import DataError, ModelError, ParityError, StoreError, TrainingError, UserError
+from compress.errors import DataError, ModelError, ParityError, StoreError, UserError
 from compress.files import file_sha256
 from compress.names import is_hub_name, nearest
 from compress.progress import Progress
@@ -30,7 +30,9 @@ SLOTS = ("data", "source", "test", "reference", "model", "bundle")
 ROW_SLOTS = ("data", "source", "test")  # an unnamed file of rows fills the first of these that the stage reads
 MANY, ONE_OF_MANY = "evaluations", "evaluation."  # a slot of the table that takes several folders, each with a name
 ROW_FILES = (".jsonl", ".parquet")
-FINAL = (UserError, ParityError, TrainingError)  # the same inputs end the same way: nothing to go on from
+# The same inputs end the same way, so there is nothing to go on from. A training that diverged is not among them: its
+# message promises that its best weights are kept.
+FINAL = (UserError, ParityError)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def fetch_hub_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        model, _, revision = name.partition("@")
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         do = "Fetch it where there is a network, and give the folder's path as teacher"

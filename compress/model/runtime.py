@@ -7,6 +7,7 @@ knows nothing of tokenizers, rows or files.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from compress.errors import DataError
+from compress.model.distillation.forward import kept_states
+from compress.model.layers import output_head
+
+FORESEEN_TOKENS = 8192  # padded tokens of a batch of `would_write`
+HEAD_ENTRIES = 1 << 24  # logits held at once: 64 MiB in fp32, whatever the vocabulary
 
 
 class TorchRuntime:
@@ -102,20 +108,32 @@ class TorchRuntime:
         Greedy decoding writes an answer exactly when each of its tokens is the first choice behind the prompt and the
         tokens before it, and then a stop token is. Rounding could tell otherwise only where two first choices tie.
         """
-        verdicts = [False] * len(prompts)
         rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        verdicts = [False] * len(rows)
         order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if len(rows[i]) < self.context]
-        for start in range(0, len(order), self.batch_size):
-            picked = order[start : start + self.batch_size]
-            width = len(rows[picked[-1]])
-            ids = torch.tensor([[*rows[i], *[self.pad_id] * (width - len(rows[i]))] for i in picked])
-            output: Any = self.model(input_ids=ids.to(self.model.device), use_cache=False)
-            chosen = output.logits.argmax(dim=-1).tolist()  # (B, T): no row sees the padding on its right
-            for index, line in zip(picked, chosen, strict=True):
-                told = line[len(prompts[index]) - 1 : len(rows[index])]
-                same = told[:-1] == list(answers[index]) and not stop_ids & set(told[:-1])
-                verdicts[index] = same and told[-1] in stop_ids
+        start = 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or (end + 1 - start) * len(rows[order[end]]) > FORESEEN_TOKENS:
+                picked = order[start:end]
+                told = self._first_choices([rows[i] for i in picked], [len(prompts[i]) - 1 for i in picked])
+                for index, line in zip(picked, told, strict=True):
+                    same = line[:-1] == list(answers[index]) and not stop_ids.intersection(line[:-1])
+                    verdicts[index] = same and line[-1] in stop_ids
+                start = end
         return verdicts
+
+    def _first_choices(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
+        """The likeliest token behind each position of a row from its start on; logits exist a slice at a time."""
+        width = len(rows[-1])  # sorted by length
+        ids = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=self.model.device)
+        places = [range(at * width + first, at * width + len(rows[at])) for at, first in enumerate(starts)]
+        keep = torch.tensor([place for piece in places for place in piece], device=self.model.device)
+        hidden = kept_states(self.model, ids, keep)  # (N, H)
+        head = output_head(self.model)
+        step = max(1, HEAD_ENTRIES // head.weight.shape[0])
+        chosen = [int(t) for i in range(0, len(hidden), step) for t in head(hidden[i : i + step]).argmax(dim=-1)]
+        ends = list(accumulate(len(piece) for piece in places))
+        return [chosen[end - len(piece) : end] for end, piece in zip(ends, places, strict=True)]
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -102,7 +102,7 @@ class AddLinear(torch.autograd.Function):
         ctx.save_for_backward(inner, short)
         ctx.kinds = weight.dtype, bias is not None
         # the sum stays in the number format of the states, which the fused product cannot give
-        if dtype == states.dtype:
+        if dtype == states.dtype and len(inner) == len(states):
             summed = torch.addmm(states, inner, short.T)
         else:
             summed = states + (inner @ short.T)[: len(states)]

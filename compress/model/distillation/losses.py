@@ -157,7 +157,8 @@ def combined(
         ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
         return ce, ce, torch.zeros_like(ce), grad if with_grad else None
     if weights.temperature == 1.0:
-        return _combined_at_one(logits, labels, targets, weights)
+        loss, ce, kl, whole = _combined_at_one(logits, labels, targets, weights)
+        return loss, ce, kl, whole if with_grad else None
     share = weights.kd_weight
     ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
     kl, kl_grad = forward_kl(logits, targets, temperature=weights.temperature)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 OptimizerName = Literal["muon", "adamw"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024): steepest at zero
 ITERATIONS = 5
-UPDATE_RMS = 0.2  # that of an AdamW step, so that both take one learning rate (Liu et al. 2025, section 2.2)
+UPDATE_RMS = 0.2  # that of an AdamW step, so that rates near AdamW's serve (Liu et al. 2025, section 2.2)
 MOMENTUM = 0.95
 
 

@@ -76,7 +76,7 @@ class LogitsParams(Params):
     validations: int = Field(8, ge=1, description="how often the held-out loss is taken")
     keep: Literal["best", "last"] = Field("best", description="which weights become the student")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the machine has it and it is measured faster"
+        "auto", description="auto: bf16 where the machine has it and the model is wide enough to gain"
     )
 
     @model_validator(mode="after")

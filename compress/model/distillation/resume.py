@@ -81,3 +81,15 @@ def file_digest(path: Path) -> str:
 def value_digest(value: object) -> str:
     """SHA-256 of the canonical JSON of ``value``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def kept_choice(path: Path, choice: bool) -> bool:
+    """The choice that stands in ``path``, else ``choice``, which is written there: a resumed run keeps to it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    if path.is_file():
+        return bool(json.loads(path.read_text(encoding="utf-8"))["bf16"])
+    write_json(path, {"bf16": choice})
+    return choice

@@ -41,7 +41,7 @@ class TrainSettings:
         validation_share, validation_rows: part of the rows held out, and at most how many.
         validations: how often the held-out loss is taken, beside the start.
         keep: ``best`` by held-out loss, or ``last``.
-        precision: ``auto`` takes bf16 where it is measured faster.
+        precision: ``auto``: see `choose_bf16`.
         log_every: steps between lines of the log; 0 gives about 100 lines.
         checkpoint_every_s, checkpoint_every_steps: what a kill can cost.
         seed: of the order of rows and of the held-out part.
@@ -86,14 +86,23 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def choose_bf16(precision: Precision, *, width: int, training: bool = True, device: str = "cpu") -> bool:
+def training_device() -> str:
+    """Where accelerate will put a model: the first GPU that torch sees, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_bf16(precision: Precision, *, width: int, training: bool = True, device: str | None = None) -> bool:
     """Whether the products of a model of hidden size ``width`` run in bf16; ``auto`` takes the faster format.
 
+    ``device`` is where it runs; left out, where it will be trained.
+
     A rule from measurements (``docs/decisions.md``) and not a timing in place, which another busy process would tip:
-    the same inputs must give the same bytes.
+    the same inputs must give
+    the same bytes on machines of one kind. Between a CPU with bf16 and one without the bytes differ, as they do between
+    any two CPUs whose products round otherwise.
     """
     if precision != "auto":
         return precision == "bf16"
-    if device != "cpu":
+    if (device or training_device()) != "cpu":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return cpu_has_bf16() and width >= (BF16_TRAINING_WIDTH if training else BF16_SCORING_WIDTH)

@@ -7,7 +7,7 @@ the training's state) lies in the work folder. Knows nothing of profiles or of t
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer, token_rows
@@ -16,7 +16,7 @@ from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
-from compress.model.distillation.settings import TrainSettings, choose_bf16
+from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import (
     TargetFn,
@@ -27,9 +27,6 @@ from compress.model.distillation.targets import (
 )
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.shapes import shape_of
-
-if TYPE_CHECKING:
-    pass
 
 TRAINING_LOG = "training.jsonl"
 _TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
@@ -60,7 +57,6 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         table = RowTable(rows, vocab=vocab, where=ctx.name)
         check_rows_fit(table, configs, where=ctx.name)
-        bf16 = choose_bf16(params.precision, width=student.config.hidden_size)
         before = count_parameters(teacher)
         target_fn: TargetFn | None = None
         figures: dict[str, Any] = {}
@@ -71,7 +67,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
             )
         del teacher  # with cached targets this frees its memory before training
         log = ctx.work / TRAINING_LOG
-        report = train(student, target_fn, table, train_settings(params, ctx.seed, bf16=bf16), ctx, log, vocab=vocab)
+        report = train(student, target_fn, table, train_settings(params, ctx.seed), ctx, log, vocab=vocab)
     figures |= {"parameters": count_parameters(student), "parameters_teacher": before}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or folder, metadata=metadata | {"training": _lasting(report)})
@@ -79,7 +75,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
 
 
-def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSettings:
+def train_settings(params: LogitsParams, seed: int) -> TrainSettings:
     """What the trainer is told."""
     return TrainSettings(
         loss=LossWeights(params.kd_weight, params.temperature, params.label_smoothing),
@@ -98,7 +94,7 @@ def train_settings(params: LogitsParams, seed: int, *, bf16: bool) -> TrainSetti
         validation_rows=params.validation_rows,
         validations=params.validations,
         keep=params.keep,
-        precision="bf16" if bf16 else "fp32",
+        precision=params.precision,
         seed=seed,
     )
 

@@ -23,7 +23,7 @@ from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, e
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.losses import States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
-from compress.model.distillation.resume import value_digest
+from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import Precision, choose_bf16
 from compress.model.layers import output_head
 
@@ -105,10 +105,14 @@ def teacher_targets(
 
     ``named`` is the tokenizer that made the rows and the teacher's identity.
     """
-    width, device = int(teacher.config.hidden_size), teacher.device.type
-    bf16 = choose_bf16(params.precision, width=width, training=params.targets == "online", device=device)
+    online_too = params.targets == "online"  # then it follows the student to its device; a cache is filled here
+    device = None if online_too else teacher.device.type
+    width = int(teacher.config.hidden_size)
+    bf16 = kept_choice(
+        folder.with_suffix(".json"), choose_bf16(params.precision, width=width, training=online_too, device=device)
+    )
     online = OnlineTargets(teacher, vocab=table.vocab, temperature=params.temperature, bf16=bf16)
-    if params.targets == "online":
+    if online_too:
         return online, {}
     tokenizer, identity = named
     about = cache_header(

@@ -189,7 +189,7 @@ class _Run:
 
     def _bf16(self) -> bool:
         head = output_head(self.student).weight
-        return choose_bf16(self.settings.precision, width=int(head.shape[1]), device=head.device.type)
+        return choose_bf16(self.settings.precision, width=int(head.shape[1]))
 
     def _prepare(self, vocab: int) -> None:
         # accelerate keeps its settings in a process-wide singleton and refuses a second one with other values; the

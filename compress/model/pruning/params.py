@@ -27,7 +27,7 @@ class RecoveryParams(Params):
     )
     temperature: float = Field(default=1.0, gt=0, le=20, description="softens both sides of the KL")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number format of the training; auto: bf16 where it is measured faster"
+        default="auto", description="number format of the training; auto: as in model.distillation.logits"
     )
     learn: Literal["answer", "all"] = Field(
         default="answer", description="which tokens are targets: the answers, or all tokens, user turns included"

@@ -57,6 +57,7 @@ def recover(
         check_rows_fit(table, [teacher.config.to_dict()], where=ctx.name)
         named = load_tokenizer(unpruned), str(params.target)  # the cache lies in the folder of this very artifact
         target_fn, _ = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+        del teacher  # with cached targets this frees its memory before training
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     report = train(student, target_fn, table, settings(params, steps, ctx.seed), ctx, ctx.work / LOG, vocab=vocab)
