@@ -91,7 +91,7 @@ def test_the_image_is_built_by_the_command_that_ci_runs():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_install_brings_no_dev_tools_and_no_link_to_the_tree(tmp_path):
-    command = ["make", "--dry-run", "install", f"VENV={tmp_path}"]
+    command = ["make", "--no-print-directory", "--dry-run", "install", f"VENV={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     last = done.stdout.strip().splitlines()[-1]
     assert last.endswith("pip install --quiet --constraint constraints.txt .")
