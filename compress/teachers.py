@@ -205,17 +205,20 @@ class LocalTeacher:
         import torch
 
         from compress.local_teacher import score_rows
+
+        dtype = torch.bfloat16 if self._scores_in_bf16 else torch.float32
+        with _bar(progress, "score", len(rows)) as bar:
+            return score_rows(self.model, rows, bar=bar, batch_tokens=self.batch_tokens, dtype=dtype)
+
+    @cached_property
+    def _scores_in_bf16(self) -> bool:
         from compress.model.checkpoint import read_config
         from compress.model.distillation.settings import choose_bf16
 
-        config = read_config(self._folder)
-        stored = config.get("dtype") or config.get("torch_dtype")
-        low = stored == "bfloat16" and choose_bf16(
-            "auto", width=int(config["hidden_size"]), training=False, device=self.model.device.type
-        )
-        dtype = torch.bfloat16 if low else torch.float32
-        with _bar(progress, "score", len(rows)) as bar:
-            return score_rows(self.model, rows, bar=bar, batch_tokens=self.batch_tokens, dtype=dtype)
+        config = read_config(self._folder)  # of the file: the open model is in fp32
+        stored, width = config.get("dtype") or config.get("torch_dtype"), int(config["hidden_size"])
+        device = self.model.device.type
+        return stored == "bfloat16" and choose_bf16("auto", width=width, training=False, device=device)
 
     def generate(
         self,

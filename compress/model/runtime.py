@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from compress.errors import DataError
 from compress.model.distillation.forward import kept_states
+from compress.model.distillation.packing import cut
 from compress.model.layers import output_head
 
 FORESEEN_TOKENS = 8192  # padded tokens of a batch of `would_write`
@@ -110,16 +111,13 @@ class TorchRuntime:
         """
         rows = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
         verdicts = [False] * len(rows)
-        order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if len(rows[i]) < self.context]
-        start = 0
-        for end in range(1, len(order) + 1):
-            if end == len(order) or (end + 1 - start) * len(rows[order[end]]) > FORESEEN_TOKENS:
-                picked = order[start:end]
-                told = self._first_choices([rows[i] for i in picked], [len(prompts[i]) - 1 for i in picked])
-                for index, line in zip(picked, told, strict=True):
-                    same = line[:-1] == list(answers[index]) and not stop_ids.intersection(line[:-1])
-                    verdicts[index] = same and line[-1] in stop_ids
-                start = end
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        order = np.argsort(lengths, kind="stable")
+        for picked in cut(order[lengths[order] < self.context], lengths, FORESEEN_TOKENS):
+            told = self._first_choices([rows[i] for i in picked], [len(prompts[i]) - 1 for i in picked])
+            for index, line in zip(picked, told, strict=True):
+                same = line[:-1] == list(answers[index]) and not stop_ids.intersection(line[:-1])
+                verdicts[index] = same and line[-1] in stop_ids
         return verdicts
 
     def _first_choices(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.errors import DataError, StoreError
+from compress.files import file_sha256
 from compress.model.distillation.losses import Sparse
-from compress.model.distillation.resume import file_digest, save_tensors, write_json
+from compress.model.distillation.resume import save_tensors, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class TargetCache:
             "log_tail": coded.log_tail,
         }
         save_tensors(path, tensors, {})
-        marker = {"sha256": file_digest(path), "rows": len(keys), "positions": len(coded.log_tail)}
+        marker = {"sha256": file_sha256(path), "rows": len(keys), "positions": len(coded.log_tail)}
         write_json(path.with_suffix(".json"), marker)
         self._next += 1
         self._add(tensors)
@@ -196,7 +197,7 @@ class TargetCache:
         path = marker.with_suffix(".safetensors")
         try:
             digest = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
-            if file_digest(path) != digest:
+            if file_sha256(path) != digest:
                 logger.warning("%s fails its digest; its rows are computed again", path)
                 return
             tensors = load_file(path)  # mapped, so that only what is taken is read

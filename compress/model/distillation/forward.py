@@ -75,17 +75,18 @@ def _decoder(decoder: Any, ids: Tensor, keep: Tensor, dtype: torch.dtype) -> Ten
     half = cos.shape[-1] // 2
     rotation = cos[:, :, None, :half], sin[:, :, None, :half]  # (1, T, 1, D / 2)
     states = states.flatten(0, 1)  # (B * T, H)
+    number = dtype if dtype == torch.bfloat16 else states.dtype
     last = len(decoder.layers) - 1
     for index, layer in enumerate(decoder.layers):
         block = layer.self_attn
-        joint = _norm_linear(layer.input_layernorm, states, dtype, block.q_proj, block.k_proj, block.v_proj)
+        joint = _norm_linear(layer.input_layernorm, states, number, block.q_proj, block.k_proj, block.v_proj)
         mixed = _attention(block, joint.view(rows, length, -1, block.head_dim), rotation)  # (B * T, heads * D)
         if index == last:
             mixed, states = mixed.index_select(0, keep), states.index_select(0, keep)
-        states = _add_linear(states, mixed, block.o_proj, dtype)
-        joint = _norm_linear(layer.post_attention_layernorm, states, dtype, layer.mlp.gate_proj, layer.mlp.up_proj)
+        states = _add_linear(states, mixed, block.o_proj, number)
+        joint = _norm_linear(layer.post_attention_layernorm, states, number, layer.mlp.gate_proj, layer.mlp.up_proj)
         gated = cast(Any, Gated.apply)(joint)
-        states = _add_linear(states, gated, layer.mlp.down_proj, dtype)
+        states = _add_linear(states, gated, layer.mlp.down_proj, number)
     norm = decoder.norm
     return cast(Tensor, cast(Any, RootMeanSquare.apply)(states, norm.weight, norm.variance_epsilon))
 
@@ -95,15 +96,11 @@ def _norm_linear(norm: Any, states: Tensor, dtype: torch.dtype, *parts: nn.Linea
     weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     apply = cast(Any, NormLinear.apply)
-    return cast(Tensor, apply(states, norm.weight, weight, bias, norm.variance_epsilon, _number(dtype, states)))
+    return cast(Tensor, apply(states, norm.weight, weight, bias, norm.variance_epsilon, dtype))
 
 
 def _add_linear(states: Tensor, inner: Tensor, part: nn.Linear, dtype: torch.dtype) -> Tensor:
-    return cast(Tensor, cast(Any, AddLinear.apply)(states, inner, part.weight, part.bias, _number(dtype, states)))
-
-
-def _number(dtype: torch.dtype, states: Tensor) -> torch.dtype:
-    return dtype if dtype == torch.bfloat16 else states.dtype
+    return cast(Tensor, cast(Any, AddLinear.apply)(states, inner, part.weight, part.bias, dtype))
 
 
 def _attention(block: Any, joint: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

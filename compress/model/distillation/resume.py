@@ -72,12 +72,6 @@ def write_json(path: Path, value: object) -> None:
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def value_digest(value: object) -> str:
     """SHA-256 of the canonical JSON of ``value``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

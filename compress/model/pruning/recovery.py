@@ -48,14 +48,15 @@ def recover(
     """
     folder, notes = target_folder(params, ctx, unpruned)
     rows = [row.learning(params.learn) for row in rows]
-    vocab = max(load_tokenizer(unpruned).get_vocab().values()) + 1
+    tokenizer = load_tokenizer(unpruned)
+    vocab = max(tokenizer.get_vocab().values()) + 1
     table = RowTable(rows, vocab=vocab, where=ctx.name)
     target_fn = None
     if params.kd_weight > 0:
         check_folder(folder)
         teacher = load_model(folder)
         check_rows_fit(table, [teacher.config.to_dict()], where=ctx.name)
-        named = load_tokenizer(unpruned), str(params.target)  # the cache lies in the folder of this very artifact
+        named = tokenizer, str(params.target)  # the cache lies in the folder of this very artifact
         target_fn, _ = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
         del teacher  # with cached targets this frees its memory before training
     for parameter in student.parameters():
