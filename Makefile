@@ -42,7 +42,7 @@ test: setup
 	$(BIN)/pytest
 
 test-all: setup
-	$(BIN)/pytest -m 'not hardware'
+	$(BIN)/pytest -m 'not hardware and not interop'
 
 check: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from compress.names import nearest
 from compress.yaml_reader import KeyPath, read_yaml_file
 
 SUFFIXES = (".yaml", ".yml")
-Format = Literal["onnx", "gptq"]
+Format = Literal["onnx", "gptq", "gguf"]
 
 
 class Target(BaseModel):

@@ -84,6 +84,8 @@ def export_gguf(source: Path, folder: Path, *, licence: str | None = None) -> di
         writer.write_tensors_to_file()
     finally:
         writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()  # which the writer does only when it came to its end
     count = verify(source, path)
     return {
         "bytes": path.stat().st_size,
@@ -125,8 +127,8 @@ def _import_gguf() -> Any:
 def _fallen(reasons: dict[str, list[str]]) -> list[str]:
     """One note for each reason why codes became floats."""
     return [
-        f"{len(names)} quantized matrices ({names[0]} and so on) are stored as floats in the GGUF file, "
-        f"with the same values: {reason}"
+        f"quantized matrices that the GGUF file holds as floats of the same values: {len(names)} "
+        f"({names[0]}{' ...' if len(names) > 1 else ''}): {reason}"
         for reason, names in sorted(reasons.items())
     ]
 

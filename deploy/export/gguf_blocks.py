@@ -18,7 +18,6 @@ from deploy.export.codes import Array, Bytes, Coded
 from deploy.export.tensors import Matrix
 
 BLOCK = 32  # weights that share a scale, in all of the types used here
-Steps = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,8 @@ def encode(matrix: Matrix) -> Stored:
 
 def floats(weight: Array) -> Stored:
     """Return fp32 ``weight`` as F16 or BF16 where that loses nothing, else as F32."""
-    with np.errstate(over="ignore"):
-        half = weight.astype(np.float16)
-    if np.array_equal(half.astype(np.float32), weight):
+    half = _fp16(weight)
+    if half is not None:
         return Stored("F16", half)
     words = np.ascontiguousarray(weight).view(np.uint32)
     if not (words & 0xFFFF).any():
@@ -64,34 +62,36 @@ def _quantized(coded: Coded) -> Stored | str:
     groups = coded.groups.reshape(-1, BLOCK)
     if (groups != groups[:, :1]).any():
         return f"{BLOCK} weights side by side lie in several groups (a smaller group_size, or act_order)"
-    block_group = groups[:, 0]
-    scales = coded.scales[:, block_group]  # (rows, blocks)
-    with np.errstate(over="ignore"):
-        d = scales.astype("<f2")
-    if not np.array_equal(d.astype(np.float32), scales):
+    scales = coded.scales[:, groups[:, 0]]  # (rows, blocks)
+    d = _fp16(scales)
+    if d is None:
         return "its scales are no fp16 numbers"
-    zeros = coded.zero_points[:, block_group]
-    codes = coded.codes.reshape(rows, -1, BLOCK)
+    zeros = coded.zero_points[:, groups[:, 0]]
+    found = _blocks(coded.codes.reshape(rows, -1, BLOCK), zeros, scales, d)
+    return found or "codes lie further from their zero point than int8 reaches (sym: true keeps within it)"
+
+
+def _blocks(codes: Bytes, zeros: Bytes, scales: Array, d: npt.NDArray[np.float16]) -> Stored | None:
+    """Return codes (rows, blocks, 32) in the smallest type that holds their steps; None where none does."""
     steps = codes.astype(np.int16) - zeros[:, :, None].astype(np.int16)
     low, high = int(steps.min()), int(steps.max())
     if low >= -8 and high <= 7:
         return Stored("Q4_0", _rows(d, _nibbles(steps + 8)))
-    least = _least(zeros, scales) if int(codes.max()) <= 15 else None
-    if least is not None:
+    least = _fp16(-(zeros.astype(np.float32) * scales)) if int(codes.max()) <= 15 else None
+    if least is not None:  # the weight of code 0
         return Stored("Q4_1", _rows(d, least, _nibbles(codes)))
     if low >= -16 and high <= 15:
         return Stored("Q5_0", _rows(d, _fifth_bits(steps + 16), _nibbles(steps + 16)))
     if low >= -128 and high <= 127:
         return Stored("Q8_0", _rows(d, steps.astype(np.int8)))
-    return f"steps of {low} to {high} from the zero point exceed 8 bits with a sign"
+    return None
 
 
-def _least(zeros: Bytes, scales: Array) -> npt.NDArray[np.float16] | None:
-    """Return the weight of code 0 of each block, which Q4_1 stores as fp16; None where that would round."""
-    exact = -(zeros.astype(np.float32) * scales)
+def _fp16(values: Array) -> npt.NDArray[np.float16] | None:
+    """Return fp32 ``values`` as little-endian fp16, None where that would round."""
     with np.errstate(over="ignore"):
-        stored = exact.astype("<f2")
-    return stored if np.array_equal(stored.astype(np.float32), exact) else None
+        stored = values.astype("<f2")
+    return stored if np.array_equal(stored.astype(np.float32), values) else None
 
 
 def _nibbles(values: npt.NDArray[Any]) -> Bytes:

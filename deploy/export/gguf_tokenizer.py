@@ -1,8 +1,9 @@
 """A tokenizer.json in the words of llama.cpp, or a refusal: its tokenizer must cut every text into the same tokens.
 
 llama.cpp has its own tokenizers and picks one by two names. `read` takes byte-level BPE (``gpt2`` with the name of a
-pre-tokenizer) and BPE with byte fallback as SentencePiece makes it (``llama``), and checks each setting of the file that
-llama.cpp would leave out; whatever is not known to give the same tokens is a ModelError. Knows nothing of files' bytes.
+pre-tokenizer) and BPE with byte fallback as SentencePiece makes it (``llama``), and checks each setting of the file
+that llama.cpp would leave out; whatever is not known to give the same tokens is a ModelError. Knows nothing of GGUF's
+bytes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _byte_level(path: Path, data: Mapping[str, Any]) -> Vocabulary:
     if normalizer is not None:
         if normalizer.get("type") != "NFC":
             raise _unknown(path, f"the normalizer {normalizer.get('type')}")
-        notes.append("llama.cpp does not compose accents (NFC) before it tokenizes; texts in composed form are the same")
+        notes.append("llama.cpp does not compose accents (NFC) first; texts that are composed give the same tokens")
     model = data["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     tokens = _by_id(model["vocab"])
@@ -186,7 +187,7 @@ def _add_settings(found: Vocabulary, folder: Path) -> None:
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             found.special[name] = int(index)
-    template = tokenizer.chat_template
+    template: Any = tokenizer.chat_template
     if isinstance(template, str) and template:
         found.chat_template = template
         ends = end_of_turn(tokenizer, "assistant")

@@ -2,7 +2,7 @@
 
 `export` writes the formats that are asked for, checks parity in the runtime, checks that the bundle fits the target,
 and describes everything in ``bundle.json``. If any of it fails it raises, and nothing is stored. Knows the pipeline's
-contract for stages; how a format is written is known to `onnx` and `gptq`.
+contract for stages; how a format is written is known to `onnx`, `gptq` and `gguf`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, Bundle, write_bundle
+from deploy.bundle import BESIDE, GGUF_FOLDER, GPTQ_FOLDER, Bundle, write_bundle
+from deploy.export.gguf import export_gguf
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.parity import Parity, check
@@ -27,6 +28,7 @@ from deploy.params import ExportParams
 from deploy.sizing import Precision, check_fit, estimate
 
 NOT_STATED = "not stated"
+_SAID = {GPTQ_FOLDER: "GPTQ checkpoint", GGUF_FOLDER: "GGUF file"}
 _CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)
 
 
@@ -37,6 +39,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         ModelError: the checkpoint cannot be exported, or a format needs codes that it does not have.
         TargetError: the target does not run a format, or the bundle does not fit it.
         ParityError: the exported graph computes something else than the checkpoint.
+        MissingExtraError: the package for a format is not installed.
     """
     source = ctx.inputs["model"]
     config = read_config(source)
@@ -51,24 +54,28 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
     result = StageResult(metrics={"parameters": parameter_count(config)})
     if "gptq" in params.formats:
         _export_gptq(source, ctx.out / GPTQ_FOLDER, str(facts["licence"]), result)
+    if "gguf" in params.formats:
+        facts["gguf"] = _export_gguf(source, ctx.out / GGUF_FOLDER, str(facts["licence"]), result)
     if "onnx" in params.formats:
         facts |= _export_onnx(params, ctx, source, result)
     bundle = write_bundle(ctx.out, facts)
     result.metrics["bundle_bytes"] = bundle.bytes
-    if "gptq" in params.formats:
+    if set(params.formats) != {"onnx"}:
         result.notes.append(_counted(bundle))
     return result
 
 
 def _counted(bundle: Bundle) -> str:
     """What ``bundle_bytes`` counts, where a folder holds more than the runtime opens."""
+    beside = [form for form in BESIDE if form in bundle.formats]
+    told = [f"the {_SAID[form]} in {form}/ ({form}_bytes)" for form in beside]
     if "onnx" in bundle.formats:
         return (
-            f"bundle_bytes counts the {len(bundle.shipped)} files that the runtime opens, with bundle.json; the GPTQ "
-            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed on the device and not counted"
+            f"bundle_bytes counts the {len(bundle.shipped)} files that the runtime opens, with bundle.json; "
+            f"{' and '.join(told)} {'is' if len(told) == 1 else 'are'} not needed on the device and not counted"
         )
     return (
-        f"bundle_bytes counts the GPTQ checkpoint in {GPTQ_FOLDER}/, with bundle.json; there is no ONNX model, so "
+        f"bundle_bytes counts the {_SAID[beside[0]]} in {beside[0]}/, with bundle.json; there is no ONNX model, so "
         "that edgestill can neither judge nor time this bundle"
     )
 
@@ -101,6 +108,14 @@ def _context(params: ExportParams, ctx: StageContext) -> int | None:
 def _export_gptq(source: Path, out: Path, licence: str, result: StageResult) -> None:
     written = export_gptq(source, out, facts={"licence": licence})
     result.metrics |= {"gptq_bytes": written["bytes"], "gptq_matrices": written["matrices"]}
+
+
+def _export_gguf(source: Path, out: Path, licence: str, result: StageResult) -> dict[str, Any]:
+    """Write the GGUF file; return what ``bundle.json`` says of it."""
+    written = export_gguf(source, out, licence=None if licence == NOT_STATED else licence)
+    result.metrics["gguf_bytes"] = written["bytes"]
+    result.notes += written["notes"]
+    return {"weights": written["weights"], "notes": written["notes"]}
 
 
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
