@@ -171,8 +171,8 @@ def _add_added(found: Vocabulary, added: list[dict[str, Any]], size: int) -> Non
             found.types[index] = CONTROL if token.get("special") else USER_DEFINED
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             stripping.append(token["content"])
-    for index, token in enumerate(found.tokens):
-        if token == "":
+    for index, text in enumerate(found.tokens):
+        if text == "":
             found.tokens[index], found.types[index] = f"[PAD{index}]", UNUSED
     if found.scores is not None:
         found.scores += [0.0] * len(gaps)

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 
 from compress.errors import ModelError, ParityError
-from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files
+from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files, write_json
 from compress.model.quantization import packing
 
 CARD = "README.md"
-_COPIED = ("config.json", "generation_config.json")
+_GENERATION = "generation_config.json"
 
 
 def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -39,9 +39,11 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
         )
     packing.check_quantization_config(settings, where=str(source / "config.json"))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    common = common_config(config)
+    write_json(folder / "config.json", common)
+    write_json(folder / "quantize_config.json", common["quantization_config"])  # where AutoGPTQ looks for it
+    if (source / _GENERATION).is_file():
+        shutil.copyfile(source / _GENERATION, folder / _GENERATION)
     for path in weight_files(source):
         shutil.copyfile(path, folder / path.name)
     index = source / "model.safetensors.index.json"
@@ -57,6 +59,25 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
         "matrices": matrices,
         "bytes": sum(path.stat().st_size for path in sorted(folder.iterdir())),
     }
+
+
+def common_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with what older and stricter readers ask for; ours read the same from it.
+
+    transformers 4 knows no ``rope_parameters`` and without ``rope_theta`` silently takes 10000. GPTQModel, AutoGPTQ and
+    transformers refuse a ``damp_percent`` of 0, which rounding to nearest has; nobody needs it to open a folder.
+    """
+    settings = dict(config["quantization_config"])
+    if not 0 < float(settings.get("damp_percent") or 0) < 1:
+        settings.pop("damp_percent", None)
+    new = {**config, "quantization_config": settings}
+    rope = dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None)
+    if theta is not None:
+        new["rope_theta"] = theta
+        if rope.get("rope_type", "default") != "default":
+            new["rope_scaling"] = rope
+    return new
 
 
 def read_codes(folder: Path) -> Iterator[tuple[str, packing.QuantizedLinear]]:
