@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -65,7 +66,7 @@ from tests.model.quantization.test_stage import context, GptqParams, ONCE
 ctx = context(Path(sys.argv[1]), Path(sys.argv[2]), out=sys.argv[3])
 before = psutil.Process().memory_info().rss
 with Meter() as meter:
-    gptq_stage.quantize(GptqParams(**ONCE), ctx)
+    gptq_stage.quantize(GptqParams(**(ONCE | {'clip_steps': 0})), ctx)
 print(meter.peak_memory_bytes - before)
 """
 
@@ -394,13 +395,16 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """Many blocks of one size: what is allocated at the peak is one block and its activations, not the model."""
     peaks = []
     context(tmp_path, tmp_path)  # the rows, so that neither process writes them
-    for layers in (2, 34):
-        source = tiny_checkpoint(tmp_path / f"model-{layers}", layers=layers, hidden=256, ffn=768)
+    for layers in (2, 18):
+        source = tiny_checkpoint(tmp_path / f"model-{layers}", layers=layers, hidden=256, ffn=512)
         command = [sys.executable, "-c", PEAK, str(tmp_path), str(source), f"out-{layers}"]
-        done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, check=True, text=True)
+        # what is freed goes back to the system at once: measured is what is held, not what the allocator keeps
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
+        root = Path(__file__).parents[3]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, check=True, text=True)
         peaks.append(int(done.stdout.split()[-1]))
     block = sum(4 * math.prod(shape) for shape in layer_shapes(read_config(source)).values())
-    assert peaks[1] - peaks[0] < 8 * block  # of 32 more blocks
+    assert peaks[1] - peaks[0] < 4 * block  # of sixteen more blocks
 
 
 def test_a_stored_head_beside_a_tied_config_counts_where_it_differs(tmp_path: Path) -> None:
