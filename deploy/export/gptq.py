@@ -19,6 +19,7 @@ from compress.errors import ModelError, ParityError
 from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files, write_json
 from compress.model.quantization import packing
 from compress.model.quantization.layout import stored_as
+from compress.model.shapes import architecture
 
 CARD = "README.md"
 _GENERATION = "generation_config.json"
@@ -130,8 +131,10 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Layout: GPTQ, checkpoint format `gptq` (int32 `qweight` and `qzeros`, stored zero = zero point - 1, fp16",
         "`scales`, int32 `g_idx`). Other tensors are plain.",
         "",
-        "Readers that edgestill's tests prove: edgestill itself, and the onnxruntime-genai model builder 0.18, whose",
-        "models gave the same logits within 4e-4 in fp32 arithmetic. Others (GPTQModel, transformers) are not tested.",
+        "Readers that edgestill's tests prove:",
+        "",
+        *(f"- {line}" for line in _readers(config)),
+        "",
         "The builder is called like this:",
         "",
         "    python -m onnxruntime_genai.models.builder -i FOLDER -o OUT -p int4 -e cpu -c CACHE \\",
@@ -143,6 +146,22 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         lines += ["", "| fact | value |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(facts[name])} |" for name in sorted(facts)]
     return "\n".join(lines) + "\n"
+
+
+def _readers(config: Mapping[str, Any]) -> list[str]:
+    """Who opens such a folder, as ``tests/interop`` and ``tests/deploy/test_export_gptq.py`` show."""
+    settings = config["quantization_config"]
+    lines = [
+        "edgestill itself;",
+        "the onnxruntime-genai model builder 0.18: the same logits within 4e-4 in fp32 arithmetic;",
+        "GPTQModel 7.6: the same codes, logits to the rounding of fp16."
+        + ("" if settings["sym"] else " It refuses asymmetric codes that it did not write itself;"),
+    ]
+    if settings.get("dynamic"):
+        return [*lines, "not transformers alone and not AutoGPTQ: they know no widths for single linears (`dynamic`)."]
+    lines.append("transformers 5.23 with GPTQModel and optimum installed: logits to the rounding of bf16;")
+    older = architecture(config) in ("LlamaForCausalLM", "Qwen2ForCausalLM") and not config.get("tie_word_embeddings")
+    return [*lines, "AutoGPTQ 0.7.1 with transformers 4.57: logits within 1e-3."] if older else lines
 
 
 def _cell(value: Any) -> str:
