@@ -47,11 +47,10 @@ test-all: setup
 # What we write, opened by other tools, each in an environment of its own under build/interop. Building llama-cpp-python
 # takes about 15 minutes on 2 cores; a folder with its wheel shortens that: make interop PIP_FIND_LINKS=FOLDER
 INTEROP := build/interop
-export PIP_FIND_LINKS
 LLAMA_CPP := llama-cpp-python==0.3.36
 STRANGER := transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0 accelerate==1.15.0
 AUTO_GPTQ_NEEDS := transformers==4.57.6 peft==0.14.0 accelerate==1.15.0 datasets==5.0.1 numpy==2.2.6
-OPTIMUM := transformers==4.57.6 optimum==2.1.0 optimum-onnx==0.1.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2
+OPTIMUM := transformers==4.57.6 optimum==2.1.0 optimum-onnx==0.1.0 accelerate==1.15.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2
 
 interop: setup $(INTEROP)/stranger/.ready $(INTEROP)/auto-gptq/.ready $(INTEROP)/llama-cpp/.ready optimum-env
 	EDGESTILL_INTEROP=1 $(BIN)/pytest -m 'interop or slow or not slow' tests/interop tests/deploy/test_export_gptq.py
@@ -60,7 +59,8 @@ interop: setup $(INTEROP)/stranger/.ready $(INTEROP)/auto-gptq/.ready $(INTEROP)
 define torch-venv
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet 'pip>=24'
-	$(1)/bin/pip install --quiet $(TORCH) || $(1)/bin/pip install --quiet --index-url $(TORCH_INDEX) $(TORCH)
+	if $(TORCH_FOUND) | grep -q '"version": "2.13.0+cpu"'; then $(1)/bin/pip install --quiet $(TORCH); \
+	  else $(1)/bin/pip install --quiet --index-url $(TORCH_INDEX) $(TORCH); fi
 endef
 
 $(INTEROP)/stranger/.ready: Makefile
@@ -82,7 +82,7 @@ $(INTEROP)/llama-cpp/.ready: Makefile
 	touch $@
 
 # For edgestill export --backend optimum: optimum-onnx needs an older transformers than edgestill.
-optimum-env: build/optimum/.ready
+optimum-env: setup build/optimum/.ready
 
 build/optimum/.ready: Makefile
 	$(call torch-venv,$(@D))

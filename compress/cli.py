@@ -240,6 +240,13 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
         print(f"note: {note}")
 
 
+class Backend(StrEnum):
+    """Who draws the ONNX graph."""
+
+    builder = "builder"
+    optimum = "optimum"
+
+
 class Format(StrEnum):
     """Export formats."""
 
@@ -260,6 +267,7 @@ def export(
         Path | None, typer.Option("--out", help="Folder to write; else MODEL-TARGET or MODEL-bundle here.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Rows whose prompts prove parity.")] = None,
+    backend: Annotated[Backend, typer.Option(help="Who draws the ONNX graph.")] = Backend.builder,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -267,7 +275,9 @@ def export(
     from compress.single import Request, run_stage, stage_and_params
 
     chosen = ", ".join(one.value for one in formats or [Format.onnx])
-    line, params = stage_and_params("deploy.export", [f"formats=[{chosen}]", *(overrides or [])])
+    line, params = stage_and_params(
+        "deploy.export", [f"formats=[{chosen}]", f"backend={backend.value}", *(overrides or [])]
+    )
     place = out or Path(f"{model.resolve().name}-{'bundle' if target is None else Path(target).stem}")
     inputs = {"model": model, **({"data": data} if data is not None else {})}
     result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))

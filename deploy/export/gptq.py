@@ -72,8 +72,12 @@ def common_config(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(config["quantization_config"])
     if not 0 < float(settings.get("damp_percent") or 0) < 1:
         settings.pop("damp_percent", None)
-    new = {**config, "quantization_config": settings}
-    rope = dict(config.get("rope_parameters") or {})
+    return older_rotary({**config, "quantization_config": settings})
+
+
+def older_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with the rotary settings under their names of transformers 4 beside those of 5."""
+    new, rope = dict(config), dict(config.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", None)
     if theta is not None:
         new["rope_theta"] = theta

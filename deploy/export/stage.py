@@ -2,7 +2,7 @@
 
 `export` writes the formats that are asked for, checks parity in the runtime, checks that the bundle fits the target,
 and describes everything in ``bundle.json``. If any of it fails it raises, and nothing is stored. Knows the pipeline's
-contract for stages; how a format is written is known to `onnx`, `gptq` and `gguf`.
+contract for stages; how a format is written is known to `onnx`, `optimum`, `gptq` and `gguf`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deploy.bundle import BESIDE, GGUF_FOLDER, GPTQ_FOLDER, Bundle, write_bundle
 from deploy.export.gguf import export_gguf
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
+from deploy.export.optimum import interpreter, write_optimum
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
@@ -39,7 +41,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         ModelError: the checkpoint cannot be exported, or a format needs codes that it does not have.
         TargetError: the target does not run a format, or the bundle does not fit it.
         ParityError: the exported graph computes something else than the checkpoint.
-        MissingExtraError: the package for a format is not installed.
+        UserError: the package for a format, or the environment of a back-end, is missing.
     """
     source = ctx.inputs["model"]
     config = read_config(source)
@@ -91,6 +93,8 @@ def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, An
             "codes, for the format gptq",
             "Put model.quantization before the export, or leave gptq out of the formats",
         )
+    if params.backend == "optimum":
+        interpreter()
     if ctx.target is None:
         return
     missing = [form for form in params.formats if form not in ctx.target.formats]
@@ -98,7 +102,8 @@ def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, An
         raise TargetError(
             f"target {ctx.target.name}", f"format {missing[0]}", f"one of {', '.join(ctx.target.formats)}"
         )
-    check_fit(estimate(config, Precision.of_checkpoint(source, config), ctx.target, _context(params, ctx)), ctx.target)
+    precision = Precision() if params.backend == "optimum" else Precision.of_checkpoint(source, config)
+    check_fit(estimate(config, precision, ctx.target, _context(params, ctx)), ctx.target)
 
 
 def _context(params: ExportParams, ctx: StageContext) -> int | None:
@@ -122,7 +127,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
     options = OnnxOptions(accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx))
     ctx.progress.say("writing the ONNX model")
-    report = write_onnx(source, ctx.out, options=options)
+    report = _writer(params)(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)
     ctx.progress.say("proving that it computes what the checkpoint computes")
     parity = check(
@@ -146,6 +151,11 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     return {"onnx": _onnx_facts(params, report), "parity": parity.facts()}
 
 
+def _writer(params: ExportParams) -> Callable[..., OnnxReport]:
+    """Return what writes the ONNX graph."""
+    return write_onnx if params.backend == "builder" else write_optimum
+
+
 def _said(parity: Parity) -> str:
     shipped = parity.shipped
     return (
@@ -160,7 +170,8 @@ def _onnx_facts(params: ExportParams, report: OnnxReport) -> dict[str, Any]:
 
     return {
         "runtime": {"onnxruntime": onnxruntime.__version__, "onnxruntime-genai": onnxruntime_genai.__version__},
-        "accuracy_level": params.accuracy_level,
+        "backend": params.backend,
+        "accuracy_level": params.accuracy_level if params.backend == "builder" else 1,
         "context_tokens": report.context_tokens,
         "head_size": report.head_size,
         "nodes": report.nodes,

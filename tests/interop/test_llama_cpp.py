@@ -32,7 +32,7 @@ STRINGS = [
     "日本語 ñ é ß 🙂 ‘quotes’ ½",
     "<|bos|><|user|>lock the door<|end|><|assistant|>",
     "<s>hi</s> there",
-    "WE'LL SAY I'VE {\"name\":\"set_timer\",\"args\":{\"minutes\":5}}",
+    'WE\'LL SAY I\'VE {"name":"set_timer","args":{"minutes":5}}',
     "",
     "a",
 ]
@@ -149,7 +149,17 @@ def needed(name: str, sources: dict[str, Path], answers: dict[str, Any]) -> None
     assert f"{name}/error" not in answers, answers[f"{name}/error"]
 
 
-EVERY = ["teacher", *CASES, *QUANTIZED, "split-qwen2", "split-smaug-bpe", "split-llama-bpe", "split-smollm", "stories", "stories-Q4_0"]
+EVERY = [
+    "teacher",
+    *CASES,
+    *QUANTIZED,
+    "split-qwen2",
+    "split-smaug-bpe",
+    "split-llama-bpe",
+    "split-smollm",
+    "stories",
+    "stories-Q4_0",
+]
 
 
 @pytest.mark.parametrize("name", EVERY)
