@@ -45,7 +45,7 @@ test-all: setup
 	$(BIN)/pytest -m 'not hardware and not interop'
 
 # What we write, opened by other tools, each in an environment of its own under build/interop. Building llama-cpp-python
-# takes about 15 minutes on 2 cores; a folder with its wheel shortens that: make interop PIP_FIND_LINKS=FOLDER
+# takes about 15 minutes on 2 cores; a folder with its wheel shortens that: make interop LLAMA_CPP_WHEELS=FOLDER
 INTEROP := build/interop
 LLAMA_CPP := llama-cpp-python==0.3.36
 STRANGER := transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0 accelerate==1.15.0
@@ -78,7 +78,7 @@ $(INTEROP)/auto-gptq/.ready: Makefile
 $(INTEROP)/llama-cpp/.ready: Makefile
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet 'pip>=24'
-	$(@D)/bin/pip install --quiet $(LLAMA_CPP) numpy==2.2.6
+	$(@D)/bin/pip install --quiet $(if $(LLAMA_CPP_WHEELS),--find-links $(LLAMA_CPP_WHEELS)) $(LLAMA_CPP) numpy==2.2.6
 	touch $@
 
 # For edgestill export --backend optimum: optimum-onnx needs an older transformers than edgestill.
