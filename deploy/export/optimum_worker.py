@@ -1,4 +1,4 @@
-"""Run by the interpreter of another environment: optimum-onnx writes the ONNX graph of a plain checkpoint.
+"""Run by the interpreter of another environment: optimum-onnx writes the graph of a plain checkpoint.
 
 usage: optimum_worker.py MODEL_FOLDER OUT_FOLDER
 
