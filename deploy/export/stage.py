@@ -18,7 +18,7 @@ from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, Bundle, write_bundle
+from deploy.bundle import GPTQ_FOLDER, RUNNER, RUNNER_FILE, Bundle, write_bundle
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.parity import Parity, check
@@ -109,6 +109,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     ctx.progress.say("writing the ONNX model")
     report = write_onnx(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)
+    (ctx.out / RUNNER_FILE).write_bytes(RUNNER.read_bytes())
     ctx.progress.say("proving that it computes what the checkpoint computes")
     parity = check(
         ctx.out,
