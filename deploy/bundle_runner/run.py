@@ -32,6 +32,7 @@ from typing import Any
 BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
+VECTOR = re.compile(r"sse4|avx|fma$|f16c|amx|neon|asimd|sve|i8mm|bf16")  # instruction sets that a record names
 COLD = "the device offers no temperature in hwmon or thermal zones"
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
 SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
@@ -116,10 +117,12 @@ def machine() -> dict[str, Any]:
     info = _text(Path("/proc/cpuinfo"))
     model = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     return {
         "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
         "board": _text(Path("/sys/firmware/devicetree/base/model")) or None,
         "cores": cores(),
+        "instruction_sets": [flag for flag in flags[1].split() if VECTOR.match(flag)] if flags else [],
         "memory_bytes": int(memory[1]) * 1024 if memory else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
