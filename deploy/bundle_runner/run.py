@@ -457,6 +457,8 @@ def bench(folder: Path, info: dict[str, Any], settings: Settings, lengths: Lengt
     """
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(settings.threads)))  # before numpy loads
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the time before, not of this work
+    if lengths.new_tokens < 2 or lengths.warmup < 0:
+        raise Fault("--bench needs --new-tokens of 2 or more and --warmup of 0 or more")
     context = int(info["onnx"]["context_tokens"])
     if lengths.prompt_tokens + lengths.new_tokens > context:
         raise Fault(f"{lengths.prompt_tokens} prompt and {lengths.new_tokens} new tokens; at most {context} together")
@@ -550,14 +552,6 @@ def _watch_input() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _bench_command(args: argparse.Namespace, info: dict[str, Any], settings: Settings) -> None:
-    if args.new_tokens < 2 or args.warmup < 0:
-        raise Fault("--bench needs --new-tokens of 2 or more and --warmup of 0 or more")
-    lengths = Lengths(args.prompt_tokens, args.new_tokens, args.repeats, args.warmup)
-    record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
-    say(json.dumps(record, sort_keys=True) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(arguments)
@@ -568,10 +562,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         info = read_json(args.bundle / BUNDLE_FILE)
         if args.check:
-            return _check_command(args.bundle, info)
+            problems = damaged(args.bundle, info)
+            say("".join(f"{line}\n" for line in [*problems, f"{len(problems)} damaged of {len(info['files'])} files"]))
+            return 1 if problems else 0
         settings = Settings.of(info, read_json(args.bundle / GENAI_CONFIG), args.threads)
         if args.bench:
-            _bench_command(args, info, settings)
+            lengths = Lengths(args.prompt_tokens, args.new_tokens, args.repeats, args.warmup)
+            record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
+            say(json.dumps(record, sort_keys=True) + "\n")
             return 0
         runner = Runner(args.bundle, info, settings)
         text = Text(runner)
@@ -589,14 +587,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _check_command(folder: Path, info: dict[str, Any]) -> int:
-    problems = damaged(folder, info)
-    for line in problems:
-        print(line, file=sys.stderr)
-    print(f"{len(problems)} damaged of {len(info.get('files', {}))} files")
-    return 1 if problems else 0
 
 
 if __name__ == "__main__":
