@@ -1,47 +1,45 @@
 """What led to an artifact: every step before it, with parameters and figures, and what came in from outside.
 
 `lineage` of a plan's node is handed to the stage that makes it, and the export writes it into ``bundle.json``. It holds
-what the node's key is made of, and figures of stored steps that are the same each time: no times, no paths. Where the
-origin states no licence, "not stated" stands. Knows no stage by name.
+what the node's key is made of, and the figures that checkpoints carry in themselves: no times, no paths, the same
+each time. What else a run measured stands in its record (`compress.shipping`). Where the origin states no licence, "not
+stated" stands. Knows no stage by name.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from compress.files import licence_of
 from compress.plans import Node, Outside, Plan
 
-# seconds, rates, memory and where a killed run went on: not the same in every run of the same step
-_UNSTEADY = re.compile(r"(^|_)(seconds|s|memory_bytes|resumed_from)$")
-_LONGEST = 200  # characters of a text, entries of a table
+CARRIED = "edgestill.json"  # what a checkpoint says of the step that made it
+FIGURES = ("training", "figures")  # its tables of figures
 
 
-def steady(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that are the same each time the step is run, tables of one level among them; lists are left out."""
-    return {name: value for name, value in metrics.items() if not _UNSTEADY.search(name) and _small(value)}
+def figures_of(folder: Path) -> dict[str, Any]:
+    """The single figures that the checkpoint in ``folder`` carries; empty for an artifact that carries none."""
+    path = folder / CARRIED
+    if not path.is_file():
+        return {}
+    told = json.loads(path.read_text(encoding="utf-8"))
+    tables = [told, *(told[name] for name in FIGURES if isinstance(told.get(name), dict))]
+    return {name: value for table in tables for name, value in table.items() if isinstance(value, int | float)}
 
 
-def _small(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return len(value) <= _LONGEST and all(isinstance(one, str | int | float) for one in value.values())
-    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _LONGEST)
-
-
-def lineage(planned: Plan, node: Node, record: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any]:
+def lineage(planned: Plan, node: Node, folders: Mapping[str, Path]) -> dict[str, Any]:
     """``{"steps": [...], "origins": [...]}`` of everything that ``node`` follows from, in the order of the plan.
 
     Args:
-        record: gives what is kept beside an artifact, by its key: ``metrics`` in it.
+        folders: where the artifact of each step before it stands, by its key.
     """
     before = {found.key for found in _ancestors(node)}
     steps = [one for one in planned.nodes if one.key in before]
     return {
-        "steps": [
-            {**one.facts, "id": one.key, "figures": steady((record(one.key) or {}).get("metrics", {}))} for one in steps
-        ],
+        "steps": [{**one.facts, "id": one.key, "figures": figures_of(folders[one.key])} for one in steps],
         "origins": _origins(planned, [*steps, node]),
     }
 

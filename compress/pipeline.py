@@ -186,7 +186,7 @@ class _Executor:
             teacher=self.teacher() if node.stage.wants_teacher else None,
             target=facts.target if "target" in node.stage.uses else None,
             threads=facts.threads,
-            lineage=lineage(self.planned, node, self.store.record),
+            lineage=lineage(self.planned, node, self.folders),
         )
 
     def _folder(self, source: Node | Outside) -> Path:

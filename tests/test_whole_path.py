@@ -93,9 +93,9 @@ def test_the_bundle_tells_every_step_that_led_to_it(unbroken: RunRecord, profile
             assert steps[stage["key"]]["inputs"] == stage["inputs"]
     figures = {step["stage"]: step.get("figures", {}) for step in told["steps"]}
     assert figures["model.quantization"]["bits"] == 4
-    assert figures["data.selection"]["rows_in"] > figures["data.selection"]["rows_out"]
+    assert figures["model.quantization"]["kl"] > 0
+    assert figures["model.distillation"]["validation_loss"] > 0
     assert "seconds" not in figures["model.distillation"]
-    assert figures["model.distillation"]["steps"] == 60
     origins = {one["role"]: one for one in told["origins"]}
     assert sorted(origins) == ["pool", "teacher"]
     assert (origins["pool"]["name"], origins["pool"]["licence"]) == ("pool.jsonl", "not stated")
