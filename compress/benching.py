@@ -14,7 +14,7 @@ from typing import Any, cast
 from compress.context import StageResult
 from compress.errors import UserError
 from compress.progress import Progress
-from compress.single import Request, run_stage, stage_and_params
+from compress.single import Request, present, run_stage, stage_and_params
 from deploy.bench import BENCH_FILE, OnDevice, bench_on
 from deploy.bundle import open_bundle
 from deploy.params import BenchParams
@@ -50,6 +50,7 @@ def bench(
         EdgestillError: the measurement failed.
     """
     place = parse_place(where.place)
+    present(bundle, "a bundle")
     line, params = stage_and_params("deploy.bench.local", overrides)
     if place.kind == "local":
         tuned = open_bundle(bundle, verify=False).tuned.get("threads")

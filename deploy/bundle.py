@@ -1,7 +1,7 @@
 """The bundle: one folder that is copied to the device, with ``bundle.json`` that says what is in it and vouches for it.
 
 `write_bundle` describes a finished folder, `open_bundle` reads it back and refuses one that is damaged, `bundle_bytes`
-is what is copied: the files that the runtime opens, with ``bundle.json``. A GPTQ checkpoint of the same codes may lie
+is what is copied: what the runtime opens, ``run.py`` and ``bundle.json``. A GPTQ checkpoint of the same codes may lie
 beside them in ``gptq/``; it is described too, and counts only in a bundle that holds nothing else, which nothing here
 runs. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
 """

@@ -61,8 +61,8 @@ def _counted(bundle: Bundle) -> str:
     """What ``bundle_bytes`` counts, where a folder holds more than the runtime opens."""
     if "onnx" in bundle.formats:
         return (
-            f"bundle_bytes counts the {len(bundle.shipped)} files that the runtime opens, with bundle.json; the GPTQ "
-            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed on the device and not counted"
+            f"bundle_bytes counts the {len(bundle.shipped)} files that go to the device, with bundle.json; the GPTQ "
+            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed there and not counted"
         )
     return (
         f"bundle_bytes counts the GPTQ checkpoint in {GPTQ_FOLDER}/, with bundle.json; there is no ONNX model, so "
