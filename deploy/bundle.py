@@ -126,10 +126,15 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     return Bundle(folder, info)
 
 
-def _shipped_key(formats: Sequence[str]) -> str:
-    """Under which key of ``bundle.json`` the files stand that go to the device."""
+def shipped_folder(formats: Sequence[str]) -> str:
+    """The folder within a bundle of these formats whose files go to the device; empty: the bundle's own."""
     beside = [form for form in BESIDE if form in formats]
-    return f"{beside[0]}_files" if beside and "onnx" not in formats else "files"
+    return beside[0] if beside and "onnx" not in formats else ""
+
+
+def _shipped_key(formats: Sequence[str]) -> str:
+    folder = shipped_folder(formats)
+    return f"{folder}_files" if folder else "files"
 
 
 def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from compress.errors import MissingExtraError, ModelError, ParityError
 from compress.model.checkpoint import load_model, read_config
+from deploy.archive import pack, unpack
 from deploy.bundle import GGUF_FOLDER, GPTQ_FOLDER, open_bundle
 from deploy.export import gguf_blocks, gguf_tokenizer
 from deploy.export.codes import Coded
@@ -329,6 +330,9 @@ def test_a_bundle_ships_the_file_where_there_is_no_onnx_model(quantized: Path, t
     assert result.metrics["gguf_bytes"] < result.metrics["bundle_bytes"] == bundle.bytes
     assert any("bundle_bytes counts the GGUF file in gguf/" in note for note in result.notes)
     assert bundle.info["gguf"]["weights"]["Q4_0"] > 0
+    pack(ctx.out, tmp_path / "bundle.tar.zst")
+    unpacked = unpack(tmp_path / "bundle.tar.zst", tmp_path / "device")
+    assert sorted(path.name for path in unpacked.rglob("*") if path.is_file()) == ["bundle.json", "model.gguf"]
     (ctx.out / GPTQ_FOLDER / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match=r"gptq/config.json"):
         open_bundle(ctx.out)
