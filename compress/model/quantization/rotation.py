@@ -186,9 +186,7 @@ class _Turn:
         return torch.cat([(part @ stream).float() for part in parts])
 
 
-def _block(
-    files: Mapping[str, Path], index: int, turn: _Turn, path: Path
-) -> tuple[list[float], list[float]]:
+def _block(files: Mapping[str, Path], index: int, turn: _Turn, path: Path) -> tuple[list[float], list[float]]:
     """Write one decoder layer's shard unless it is there; return the kurtoses of its linears before and after."""
     prefix = f"model.layers.{index}."
     state = {name.removeprefix(prefix): read_tensor(files[name], name) for name in files if name.startswith(prefix)}
