@@ -124,14 +124,13 @@ def scale_layer(
     """
     found: dict[str, ScaleChoice] = {}
     steps: list[tuple[str, ...]] = []
+    parts = linears(layer)
+    size = int(cast(Any, attention(layer)).head_dim)
+    kv_heads = parts["v_proj"].out_features // size
     for names, mean_abs, moment in measured:
-        parts = linears(layer)
-        if names == ("o_proj",):
-            size = int(cast(Any, attention(layer)).head_dim)
-            kv_heads = parts["v_proj"].out_features // size
-            mean_abs = share_over_heads(mean_abs, kv_heads=kv_heads, head_size=size)
+        wanted = share_over_heads(mean_abs, kv_heads=kv_heads, head_size=size) if names == ("o_proj",) else mean_abs
         weights = {name: parts[name].weight.data for name in names}
-        found[names[0]] = search_scales(weights, mean_abs, moment, rounding, grid_points=grid_points)
+        found[names[0]] = search_scales(weights, wanted, moment, rounding, grid_points=grid_points)
         steps.append(names)
     for names in steps:
         if found[names[0]].alpha:

@@ -84,8 +84,8 @@ def orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
     found = hadamard(size)
     if found is None:
         drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        basis, upper = torch.linalg.qr(drawn)
-        return basis * torch.sign(upper.diagonal())  # without this QR prefers some rotations over others
+        found, upper = torch.linalg.qr(drawn)
+        return torch.sign(upper.diagonal()) * found  # without the signs QR prefers some rotations over others
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
     return found * signs / math.sqrt(size)
 
@@ -182,8 +182,8 @@ class _Turn:
         stream = self.stream
         if stream is None:
             return table.float()
-        parts = (piece.double() if gain is None else piece.double() * gain for piece in table.split(ROWS))
-        return torch.cat([(part @ stream).float() for part in parts])
+        pieces = (table[at : at + ROWS].double() for at in range(0, len(table), ROWS))
+        return torch.cat([((piece if gain is None else piece * gain) @ stream).float() for piece in pieces])
 
 
 def _block(files: Mapping[str, Path], index: int, turn: _Turn, path: Path) -> tuple[list[float], list[float]]:

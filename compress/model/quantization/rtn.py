@@ -54,9 +54,9 @@ def fit(
     spans = shares.unsqueeze(1)  # (shares, 1); the first is the whole range
     scales, zero_points = _grid(low * spans, high * spans, bits=bits, sym=sym, levels=levels)  # (shares, out)
     scale, zero_point = scales[0], zero_points[0]
-    best = _error(values, scale, zero_point, bits, importance, levels)
+    best = _error(values, (scale, zero_point), bits, importance, levels)
     for tried in zip(scales[1:], zero_points[1:], strict=True):
-        error = _error(values, *tried, bits, importance, levels)
+        error = _error(values, tried, bits, importance, levels)
         better = error < best
         scale, zero_point = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero_point)
         best = torch.where(better, error, best)
@@ -94,13 +94,12 @@ def _half(scale: torch.Tensor) -> torch.Tensor:
 
 def _error(
     values: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    grid: tuple[torch.Tensor, torch.Tensor],
     bits: int,
     importance: torch.Tensor | None,
     levels: Sequence[int] | None,
 ) -> torch.Tensor:
-    step, zero = scale.to(values.dtype).unsqueeze(1), zero_point.to(values.dtype).unsqueeze(1)
+    step, zero = (part.to(values.dtype).unsqueeze(1) for part in grid)
     change = nearest_offsets(values / step, zero, bits=bits, levels=levels).mul_(step).sub_(values)
     if importance is not None and importance.dim() == 2:
         return (change @ importance.to(values.dtype)).mul_(change).sum(dim=1)
