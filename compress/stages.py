@@ -170,6 +170,15 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "model.quantization",
+        "awq",
+        "compress.model.quantization.params:AwqParams",
+        "compress.model.quantization.awq_stage:quantize",
+        reads=("data", "model"),
+        writes="model",
+        summary="AWQ: finer weights for large inputs, then rounding to nearest or GPTQ",
+    ),
+    Stage(
+        "model.quantization",
         "rtn",
         "compress.model.quantization.params:RtnParams",
         "compress.model.quantization.gptq_stage:round_to_nearest",

@@ -116,25 +116,23 @@ def scale_layer(
     rounding: Rounding,
     *,
     grid_points: int = 20,
-) -> dict[str, ScaleChoice]:
-    """Choose and fold the scales of one decoder layer; return the choice for the first linear of each step.
+) -> dict[tuple[str, ...], ScaleChoice]:
+    """Choose and fold the scales of one decoder layer; return the choice for each set of linears.
 
     ``measured`` gives, for each set of linears that share their input, their names, the mean size of the input and
     its second moment. It is read as it comes, and the layer changes only after its end, so that it may still run.
     """
-    found: dict[str, ScaleChoice] = {}
-    steps: list[tuple[str, ...]] = []
+    found: dict[tuple[str, ...], ScaleChoice] = {}
     parts = linears(layer)
     size = int(cast(Any, attention(layer)).head_dim)
     kv_heads = parts["v_proj"].out_features // size
     for names, mean_abs, moment in measured:
         wanted = share_over_heads(mean_abs, kv_heads=kv_heads, head_size=size) if names == ("o_proj",) else mean_abs
         weights = {name: parts[name].weight.data for name in names}
-        found[names[0]] = search_scales(weights, wanted, moment, rounding, grid_points=grid_points)
-        steps.append(names)
-    for names in steps:
-        if found[names[0]].alpha:
-            fold_scales(layer, names, found[names[0]].scales)
+        found[names] = search_scales(weights, wanted, moment, rounding, grid_points=grid_points)
+    for names, choice in found.items():
+        if choice.alpha:
+            fold_scales(layer, names, choice.scales)
     return found
 
 

@@ -35,6 +35,16 @@ class RtnParams(Params):
     clip_steps: int = Field(
         default=40, ge=0, le=200, description="clips tried per group for the least squared error; 0: the full range"
     )
+    grid: Literal["uniform", "nf3"] = Field(
+        default="uniform",
+        description="levels of 3-bit weights: evenly spaced, or nf3, spaced as a normal distribution's quantiles and "
+        "moved to integers of the 4-bit code in which 3 bits are stored; needs sym",
+    )
+    rotate: Literal["none", "heads", "full"] = Field(
+        default="none",
+        description="turn the model into a basis in which outliers are spread out, before all else; the outputs stay. "
+        "heads: within the attention heads; full: the residual stream too, which unties a tied head",
+    )
     overrides: list[ModuleOverride] = Field(
         default_factory=list, description="other bits or groups for some linears; the first pattern that fits counts"
     )
@@ -78,4 +88,22 @@ class GptqParams(RtnParams):
         ge=0,
         le=1,
         description="weight of the positions that predict no target, against 1 for those that do",
+    )
+
+
+class AwqParams(GptqParams):
+    """AWQ: finer weights for the inputs that are large, by scales that the operation before takes back."""
+
+    clip_steps: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="clips tried per group for the least change of the outputs, not for q and k; 0: the full range. "
+        "With rounding gptq as there",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="how the scaled weights are rounded; gptq joins both methods"
+    )
+    grid_points: int = Field(
+        default=20, ge=1, le=100, description="exponents tried per input, 0 to below 1; 1: none but 0, so no scales"
     )

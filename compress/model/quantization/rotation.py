@@ -81,12 +81,13 @@ def rotate_checkpoint(source: Path, config: Mapping[str, Any], folder: Path, *, 
 
 def orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
     """Return an orthogonal matrix (size, size) fp64: a Hadamard matrix of random signs, else a random one by QR."""
-    found = hadamard(size)
+    found: torch.Tensor | None = hadamard(size)
     if found is None:
         drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        found, upper = torch.linalg.qr(drawn)
-        return torch.sign(upper.diagonal()) * found  # without the signs QR prefers some rotations over others
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2 - 1
+        basis, upper = torch.linalg.qr(drawn)
+        found = torch.sign(upper.diagonal()) * basis  # without the signs QR prefers some rotations over others
+        return found
+    signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
     return found * signs / math.sqrt(size)
 
 
