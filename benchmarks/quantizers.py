@@ -41,6 +41,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...] | None]] = {
     "RTN, rotated": ("rtn", {"rotate": "full"}, None),
     "AWQ, scales alone": ("awq", {"clip_steps": 0}, None),
     "AWQ, clip alone": ("awq", {"grid_points": 1}, None),
+    "AWQ, q and k not clipped": ("awq", {"clip_attention": False}, None),
     "AWQ": ("awq", {}, None),
     "AWQ, asymmetric": ("awq", {"sym": False}, None),
     "AWQ, NF3": ("awq", {"grid": "nf3"}, (3,)),
@@ -108,7 +109,9 @@ def held_out(model: Path, path: Path, *, tokens: int) -> HeldOut:
     return HeldOut(scored, list(logprobs(model, scored)))
 
 
-def once(model: Path, data: Path, method: str, values: Mapping[str, Any], seed: int, score: HeldOut) -> dict[str, Any]:
+def once(
+    model: Path, data: Path, method: str, values: Mapping[str, Any], *, seed: int, score: HeldOut
+) -> dict[str, Any]:
     """Run a stage once; return its figures with perplexity and divergence on the held-out texts."""
     line = find("model.quantization", method)
     params = params_model(line)(**values)
@@ -134,7 +137,7 @@ def study(
             drawn: dict[str, Any] = {"bits": width, "group_size": 32} | dict(values)
             if method != "rtn":
                 drawn |= {"calibration_tokens": tokens, "calibration_draws": 1, "max_tokens": 256}
-            found = [once(model, data, method, drawn, seed, score) for seed in range(seeds)]
+            found = [once(model, data, method, drawn, seed=seed, score=score) for seed in range(seeds)]
             whole = found[0]["bits_per_weight_model"] * found[0]["parameters"] / 8
             yield Line(
                 title=title,

@@ -22,7 +22,7 @@ from compress.model.quantization.rtn import round_to_nearest
 from compress.model.quantization.streaming import Job, Solved, Step, calibration_rows, grid_of, open_job, rounded
 from compress.model.quantization.writing import Report
 
-UNCLIPPED = (".q_proj", ".k_proj")  # a clipped q or k changes which positions are attended to (the paper's code too)
+SCORING = (".q_proj", ".k_proj")  # the linears whose outputs say which positions are attended to
 
 
 def quantize(params: AwqParams, ctx: StageContext) -> StageResult:
@@ -78,7 +78,8 @@ def solve(step: Step, params: AwqParams) -> dict[str, Solved]:
     found: dict[str, Solved] = {}
     for path, weight in step.weights.items():
         spec = step.specs[path]
-        grid = grid_of(spec, 0 if path.endswith(UNCLIPPED) else params.clip_steps)
+        spared = path.endswith(SCORING) and not params.clip_attention
+        grid = grid_of(spec, 0 if spared else params.clip_steps)
         if grid["clip_steps"]:
             layer = round_clipped(weight, step.moment, group_size=spec.group_size, **grid)
         else:

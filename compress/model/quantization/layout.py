@@ -83,6 +83,8 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
         linears = _with_nf3(linears, params, where=where)
     if any(spec.bits == 3 for spec in linears.values()):
         notes.append("3-bit codes are stored in 4 bits: no runtime here has a 3-bit operator, so no bytes are saved")
+    if params.grid == "nf3":
+        notes.append("nf3 uses 8 of the 16 levels of those 4 bits: 3 bits of information in the bytes of 4")
     return Layout(
         bits=params.bits,
         stored_bits=common.stored_bits,

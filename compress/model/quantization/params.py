@@ -98,8 +98,11 @@ class AwqParams(GptqParams):
         default=20,
         ge=0,
         le=200,
-        description="clips tried per group for the least change of the outputs, not for q and k; 0: the full range. "
-        "With rounding gptq as there",
+        description="clips tried per group for the least change of the outputs; 0: the full range. With rounding gptq "
+        "as there",
+    )
+    clip_attention: bool = Field(
+        default=True, description="clip q and k too; false as in the paper's code, measured worse. For rounding nearest"
     )
     rounding: Literal["nearest", "gptq"] = Field(
         default="nearest", description="how the scaled weights are rounded; gptq joins both methods"
