@@ -179,6 +179,16 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "model.quantization",
+        "mixed",
+        "compress.model.quantization.params:MixedParams",
+        "compress.model.quantization.mixed_stage:quantize",
+        reads=("data", "model"),
+        writes="model",
+        uses=("target",),
+        summary="GPTQ with bits per part chosen by measured sensitivity under a budget of bytes",
+    ),
+    Stage(
+        "model.quantization",
         "rtn",
         "compress.model.quantization.params:RtnParams",
         "compress.model.quantization.gptq_stage:round_to_nearest",

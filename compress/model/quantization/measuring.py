@@ -67,6 +67,29 @@ class Check:
         return {"loss_before": mean[0], "loss": mean[1], "kl": mean[2], "checked_tokens": count}
 
 
+@torch.no_grad()
+def mean_divergence(
+    norm: nn.Module,
+    given: Sequence[Batch],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    head: torch.Tensor,
+) -> float:
+    """Return the mean KL (nats per target token) between two ways through the same layers, one ``head`` (V, hidden).
+
+    ``before`` and ``after`` hold the last hidden states (B, T, hidden) of each batch.
+    """
+    total, count = 0.0, 0
+    for batch, old, new in zip(given, before, after, strict=True):
+        targets = batch.answer[:, 1:].bool()
+        pair = [norm(states)[:, :-1][targets] for states in (old, new)]
+        for at in range(0, len(pair[0]), _CHUNK):
+            p, q = ((states[at : at + _CHUNK] @ head.T).log_softmax(-1) for states in pair)
+            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        count += len(pair[0])
+    return total / max(count, 1)
+
+
 def bits_per_weight(
     parts: Sequence[Path],
     codes: Mapping[str, torch.Tensor],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.context import Params
 
@@ -110,3 +110,36 @@ class AwqParams(GptqParams):
     grid_points: int = Field(
         default=20, ge=1, le=100, description="exponents tried per input, 0 to below 1; 1: none but 0, so no scales"
     )
+
+
+class MixedParams(GptqParams):
+    """GPTQ with bits chosen per part of the model, for the least divergence under a budget of bytes."""
+
+    budget_bits: float | None = Field(
+        default=None, gt=1, le=16, description="mean bits of a linear's weight, scales counted; or give budget_bytes"
+    )
+    budget_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="of all weights, embedding and head included; with neither, what the target's storage and half of "
+        "its memory hold",
+    )
+    candidates: list[Literal[2, 3, 4, 8]] = Field(
+        default=[2, 4, 8], min_length=1, description="bits that a part may get"
+    )
+    groups: list[Literal[16, 32, 64, 128, -1]] = Field(
+        default_factory=list, description="group sizes that a part may get; left out: group_size"
+    )
+    sensitivity_tokens: int = Field(
+        default=2048, ge=16, description="tokens on which the divergence of each part is measured"
+    )
+
+    @model_validator(mode="after")
+    def _chooses_itself(self) -> MixedParams:
+        if self.overrides or self.ignore:
+            raise ValueError("overrides and ignore are for the other methods: mixed chooses bits for every linear")
+        if self.grid != "uniform":
+            raise ValueError("grid nf3 is for the other methods: mixed compares widths on the uniform grid")
+        if self.budget_bits is not None and self.budget_bytes is not None:
+            raise ValueError("budget_bits and budget_bytes are both given; one budget counts")
+        return self

@@ -40,12 +40,13 @@ CHECK_TOKENS = 8192  # tokens on which loss and divergence of the result are mea
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint that is to be quantized."""
+    """One checkpoint that is to be quantized; ``notes`` say what was done to it before."""
 
     params: RtnParams
     ctx: StageContext
     stream: BlockStream
     layout: Layout
+    notes: Sequence[str] = ()
 
     def parts(self, name: str) -> Parts:
         """Where the finished layers of the pass ``name`` lie."""
@@ -98,10 +99,9 @@ def open_job(params: RtnParams, ctx: StageContext) -> Job:
         turned = rotate_checkpoint(source, config, ctx.work / "rotated", mode=params.rotate, seed=ctx.seed)
         source, config, notes = turned.folder, read_config(turned.folder), [_told(turned, params)]
     layout = choose(config, params, where=ctx.name)
-    layout.notes.extend(notes)
-    for note in layout.notes:
+    for note in notes + layout.notes:
         ctx.progress.say(f"{ctx.name}: {note}")
-    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout)
+    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout, notes)
 
 
 def _told(turned: Rotated, params: RtnParams) -> str:
@@ -342,7 +342,7 @@ def finish(job: Job, parts: Parts, measured: Mapping[str, Any] | None = None) ->
         metadata={"stage": ctx.name, "params": job.params.model_dump(mode="json"), "figures": metrics},
     )
     metrics["checkpoint_bytes"] = sum(path.stat().st_size for path in sorted(ctx.out.glob("*.safetensors")))
-    return StageResult(metrics=metrics, notes=layout.notes + _notes(layers) + _spread(metrics))
+    return StageResult(metrics=metrics, notes=[*job.notes, *layout.notes, *_notes(layers), *_spread(metrics)])
 
 
 def _notes(reports: Sequence[Report]) -> list[str]:
