@@ -1,6 +1,6 @@
 """Every quantizer at 2, 3 and 4 bits on one model: held-out perplexity, divergence, bits and bytes, as Markdown.
 
-    python benchmarks/quantizers.py MODEL TEXT [--bits 2 3 4] [--seeds 3] [--only AWQ] [--tokens 32768]
+    python benchmarks/quantizers.py MODEL TEXT [--bits 2 3 4] [--seeds 3] [--only AWQ GPTQ] [--tokens 32768]
 
 MODEL is a plain checkpoint folder. TEXT holds ``train.txt``, from which calibration rows are drawn anew with each
 seed, and ``valid-stories.txt`` (or the file of ``--valid``), which no quantizer sees; texts are parted by lines
@@ -39,9 +39,10 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...] | None]] = {
     "RTN, NF3": ("rtn", {"grid": "nf3"}, (3,)),
     "RTN, heads rotated": ("rtn", {"rotate": "heads"}, None),
     "RTN, rotated": ("rtn", {"rotate": "full"}, None),
-    "AWQ, scales alone": ("awq", {"clip_steps": 0}, None),
-    "AWQ, clip alone": ("awq", {"grid_points": 1}, None),
-    "AWQ, q and k not clipped": ("awq", {"clip_attention": False}, None),
+    "AWQ, scales alone": ("awq", {"clip_steps": 0, "correction_damp": None}, None),
+    "AWQ, clip alone": ("awq", {"grid_points": 1, "correction_damp": None}, None),
+    "AWQ, q and k not clipped": ("awq", {"clip_attention": False, "correction_damp": None}, None),
+    "AWQ, no correction": ("awq", {"correction_damp": None}, None),
     "AWQ": ("awq", {}, None),
     "AWQ, asymmetric": ("awq", {"sym": False}, None),
     "AWQ, NF3": ("awq", {"grid": "nf3"}, (3,)),
@@ -50,6 +51,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...] | None]] = {
     "GPTQ, asymmetric": ("gptq", {"sym": False}, None),
     "GPTQ, NF3": ("gptq", {"grid": "nf3"}, (3,)),
     "AWQ scales + GPTQ": ("awq", {"rounding": "gptq", "clip_steps": 40}, None),
+    "AWQ scales + GPTQ, asymmetric": ("awq", {"rounding": "gptq", "clip_steps": 40, "sym": False}, None),
     "GPTQ, heads rotated": ("gptq", {"rotate": "heads"}, None),
     "GPTQ, rotated": ("gptq", {"rotate": "full"}, None),
 }
@@ -127,12 +129,19 @@ def once(
 
 
 def study(
-    model: Path, data: Path, score: HeldOut, *, bits: Sequence[int], seeds: int, tokens: int, only: str | None = None
+    model: Path,
+    data: Path,
+    score: HeldOut,
+    *,
+    bits: Sequence[int],
+    seeds: int,
+    tokens: int,
+    only: Sequence[str] = tuple(METHODS),
 ) -> Iterator[Line]:
-    """Yield one line per quantizer of `METHODS` and width; ``data`` is a folder of rows, ``only`` a title."""
+    """Yield one line per quantizer of `METHODS` and width; ``data`` is a folder of rows, ``only`` their titles."""
     for width in bits:
         for title, (method, values, widths) in METHODS.items():
-            if (only is not None and title != only) or (widths is not None and width not in widths):
+            if title not in only or (widths is not None and width not in widths):
                 continue
             drawn: dict[str, Any] = {"bits": width, "group_size": 32} | dict(values)
             if method != "rtn":
@@ -165,7 +174,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of calibration")
     parser.add_argument("--held-out", type=int, default=32_768, help="tokens that are scored")
     parser.add_argument("--rows", type=int, default=2000, help="texts of train.txt that calibration draws from")
-    parser.add_argument("--only", choices=METHODS, help="one quantizer")
+    parser.add_argument("--only", choices=METHODS, nargs="+", help="these quantizers alone")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -177,7 +186,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), [make_row(text=text) for text in texts(args.text / "train.txt")[: args.rows]])
         lines = study(args.model, Path(folder), score, bits=args.bits, seeds=args.seeds, tokens=args.tokens,
-                      only=args.only)  # fmt: skip
+                      only=args.only or tuple(METHODS))  # fmt: skip
         for line in lines:
             figures = f"{shown(line.perplexity, 3)} | {shown(line.divergence, 4)}"
             print(f"| {line.title} | {line.bits} | {figures} | {line.bits_per_weight:.2f} | {line.bytes:,} |",
