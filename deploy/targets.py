@@ -1,7 +1,7 @@
 """Targets: what is known of a device, read from ``profiles/targets/NAME.yaml`` or from a file of the user's.
 
-`load_target` reads one, `list_targets` names the built-in ones, `unlike` tells in what a machine is not one. Every
-figure of a built-in target has its public source in a comment beside it. Knows nothing of models: what fits a target is
+`load_target` reads one, `list_targets` names the built-in ones, `find_target` gives the file of one, `unlike` tells in
+what a machine is not one. Every figure of a built-in target has its public source in a comment beside it. Knows nothing of models: what fits a target is
 `deploy.sizing`'s question.
 """
 
@@ -40,7 +40,12 @@ class Target(BaseModel):
     compute_efficiency: float = Field(0.3, gt=0, le=1, description="share of that peak that prefill reaches")
     storage_bytes: int = Field(ge=1, description="storage that a bundle may take")
     storage_read_bytes_per_s: float = Field(gt=0, description="sequential read")
-    runtime: Literal["onnxruntime-genai"] = Field(description="what runs the bundle there")
+    int8_ops_per_s: float | None = Field(
+        None, gt=0, description="MatMulNBits with 8-bit activations, all cores, measured; left out: as fp32"
+    )
+    node_seconds: float = Field(2e-6, gt=0, description="time of one small operator in the runtime, with no arithmetic")
+    runtime: Literal["onnxruntime-genai", "onnxruntime-web"] = Field(description="what runs the bundle there")
+    runtime_note: str | None = Field(None, description="what a bundle for it cannot do there, or needs; is told")
     formats: list[Format] = Field(min_length=1, description="export formats that make sense for it")
     context_tokens: int = Field(2048, ge=16, description="context at which memory is estimated")
 
@@ -60,6 +65,11 @@ class Target(BaseModel):
         """Arithmetic that prefill can expect, in fp32 operations per second."""
         return self.fp32_flops_per_s * self.compute_efficiency
 
+    @property
+    def notes(self) -> list[str]:
+        """What whoever plans, exports or times a bundle for it should be told."""
+        return [] if self.runtime_note is None else [f"{self.name}: {self.runtime_note}"]
+
 
 def built_in_targets() -> Path:
     """The folder of the built-in targets, in a checkout and in an installed wheel alike."""
@@ -77,7 +87,7 @@ def load_target(name_or_path: str | Path) -> Target:
     Raises:
         TargetError: there is no such target, or its file is wrong (file and line, key, what is allowed).
     """
-    path = _find(str(name_or_path))
+    path = find_target(str(name_or_path))
     try:
         document = read_yaml_file(path)
     except ProfileError as error:
@@ -127,7 +137,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _find(text: str) -> Path:
+def find_target(text: str) -> Path:
+    """Return the file of a built-in target by its name, or the file ``text``.
+
+    Raises:
+        TargetError: there is neither.
+    """
     path, known = Path(text), list_targets()
     if text in known:
         return built_in_targets() / f"{text}.yaml"
