@@ -298,11 +298,15 @@ def bench(
             if apart
             else f"nothing tells this machine from {device.name}; the estimate remains one"
         )
-    foretold = None if as_json else measured.pop("target_estimate", None)
-    _show_result(measured, notes, as_json=as_json)
-    if foretold is not None:
-        from compress import terminal
+    if as_json:
+        _show_result(measured, notes, as_json=True)
+        return
+    from compress import terminal
 
+    local, foretold = measured.pop("local_estimate"), measured.pop("target_estimate", None)
+    _show_result(measured, notes, as_json=False)
+    terminal.show_local(measured, local, terminal.console())
+    if foretold is not None:
         terminal.show_target(measured, foretold, terminal.console())
 
 
@@ -336,6 +340,39 @@ def evaluate(
 
     rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+
+
+targets = typer.Typer(name="targets", no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
+app.add_typer(targets)
+
+
+@targets.command("list")
+def list_targets(as_json: JsonOption = False) -> None:
+    """List the built-in targets, as ls targets does."""
+    listing(Listed.targets, as_json=as_json)
+
+
+@targets.command("show")
+def show_target(name: Annotated[str, typer.Argument(help="A built-in target's name, or a target file.")]) -> None:
+    """Print a target's file: every figure with where it comes from."""
+    from deploy.targets import find_target, load_target
+
+    load_target(name)
+    print(find_target(name).read_text(encoding="utf-8"), end="")
+
+
+@targets.command("measure")
+def measure_target(
+    name: Annotated[str, typer.Option(help="The target's name, in lower case.")] = "this-machine",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; else NAME.yaml here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all that may be used.")] = None,
+) -> None:
+    """Measure this machine in the runtime and write a target file of it; leave it idle for the ten seconds."""
+    from compress import listings
+
+    place = out or Path(f"{name}.yaml")
+    print(listings.measured_target(name, place, threads), end="")
+    print(f"wrote {place}", file=sys.stderr)
 
 
 class Listed(StrEnum):

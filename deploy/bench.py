@@ -1,7 +1,8 @@
 """How fast a bundle is on this machine: prefill, decode, first token, load time, peak memory, and the bound by memory.
 
 `bench_bundle` measures in a fresh process and gives a `BenchRecord`; `bench` is the stage, which puts beside it what
-is foretold for a target, an estimate and never a measurement. Figures are medians with
+is foretold for this machine from its measured rates, so that the error of the estimate is known, and for a target, an
+estimate and never a measurement. Figures are medians with
 their spread, and say how busy the machine was: beside other work a benchmark is worth little. Imports no torch.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError, ModelError
 from deploy.bundle import Bundle, open_bundle
+from deploy.machine import here, measure_rates
 from deploy.params import BenchParams
 from deploy.sizing import estimate_of_bundle
 from deploy.targets import Target
@@ -182,9 +184,11 @@ def bench(params: BenchParams, ctx: StageContext) -> StageResult:
         threads=ctx.threads,
     )
     metrics, notes = record.facts(), []
+    metrics["local_estimate"] = target_estimate(ctx.inputs["bundle"], here(measure_rates(ctx.threads)), params)
     if ctx.target is not None:
         metrics["target_estimate"] = target_estimate(ctx.inputs["bundle"], ctx.target, params)
         notes.append(f"target_estimate is reckoned for {ctx.target.name}; nothing was measured there")
+        notes += ctx.target.notes
     text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"
     (ctx.out / BENCH_FILE).write_text(text, encoding="utf-8")
     cores = os.cpu_count() or 1
@@ -201,7 +205,8 @@ def target_estimate(folder: Path, target: Target, params: BenchParams) -> dict[s
     Raises:
         ModelError: as `sizing.estimate_of_bundle`.
     """
-    found = estimate_of_bundle(open_bundle(folder, verify=False), target, params.prompt_tokens + params.new_tokens)
+    tokens = params.prompt_tokens + params.new_tokens
+    found = estimate_of_bundle(open_bundle(folder, verify=False), target, tokens, params.prompt_tokens)
     return {
         "target": target.name,
         "prefill_tokens_per_s": found.prefill_tokens_per_s,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from deploy.targets import Target
 WIDTH, PROMPT, BLOCK = 1024, 64, 32  # a product of (64, 1024) with (1024, 1024), groups of 32
 SMALL, CHAIN = 64, 200  # a chain of 200 operators on 64 values: the runtime's own time, next to no arithmetic
 STORAGE_BYTES = 128 << 20
+HERE = "this-machine"
 _SECONDS = 0.25  # for one rate
 _TIME_LIMIT_S = 300
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -67,32 +70,47 @@ def measure_rates(threads: int) -> Rates:
     return Rates(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def here(machine: Mapping[str, Any], rates: Rates, *, name: str = "this machine", **facts: Any) -> Target:
-    """Return this machine as a target: what ``compress.doctor.machine`` says of it, and its measured rates."""
+def here(rates: Rates, **facts: Any) -> Target:
+    """Return this machine as a target: its measured rates, and ``facts`` for the other fields of `Target`."""
     values: dict[str, Any] = {
-        "name": name,
-        "description": f"{machine['cpu']}, {rates.threads} threads, measured",
-        "storage_bytes": 1,
-        "storage_read_bytes_per_s": 1.0,
+        "edgestill": 1,
+        "name": HERE,
+        "description": f"this machine, {rates.threads} threads, measured",
+        "cpu": platform.processor() or platform.machine(),
+        "isa": [platform.machine()],
+        "cores": rates.threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bandwidth_bytes_per_s": rates.read_bytes_per_s,
+        "read_efficiency": 1.0,
+        "fp32_flops_per_s": rates.fp32_flops_per_s,
+        "compute_efficiency": 1.0,
+        "int8_ops_per_s": rates.int8_ops_per_s,
+        "node_seconds": rates.node_seconds,
+        "storage_bytes": shutil.disk_usage(Path.cwd()).free,
+        "storage_read_bytes_per_s": 1.0,  # no estimate reads it
+        "runtime": "onnxruntime-genai",
+        "formats": ["onnx", "gptq"],
         **facts,
     }
-    memory = int(machine["memory_bytes"])
-    return Target.model_construct(
-        edgestill=1,
+    return Target(**{"usable_memory_bytes": values["memory_bytes"], **values})
+
+
+def machine_target(machine: Mapping[str, Any], rates: Rates, name: str, folder: Path) -> Target:
+    """Return the target that a file in ``folder`` will hold; ``machine`` as of ``compress.doctor.machine``.
+
+    Raises:
+        EdgestillError: the storage cannot be measured.
+    """
+    limit = int(machine["memory_bytes"])
+    return here(
+        rates,
+        name=name,
+        description=f"{machine['cpu']}, {rates.threads} cores, {limit / 1e9:.3g} GB, measured",
         cpu=str(machine["cpu"]),
         isa=[str(machine["system"]).split()[-1], *machine["instruction_sets"]],
-        cores=rates.threads,
-        memory_bytes=values.pop("memory_bytes", memory),
-        usable_memory_bytes=values.pop("usable_memory_bytes", memory),
-        memory_bandwidth_bytes_per_s=rates.read_bytes_per_s,
-        read_efficiency=1.0,
-        fp32_flops_per_s=rates.fp32_flops_per_s,
-        compute_efficiency=1.0,
-        int8_ops_per_s=rates.int8_ops_per_s,
-        node_seconds=rates.node_seconds,
-        runtime="onnxruntime-genai",
-        formats=["onnx", "gptq"],
-        **values,
+        usable_memory_bytes=available_memory_bytes(limit),
+        storage_bytes=shutil.disk_usage(folder).free,
+        storage_read_bytes_per_s=storage_read_bytes_per_s(folder),
     )
 
 
@@ -106,14 +124,12 @@ def available_memory_bytes(limit: int) -> int:
     return min(limit, found)
 
 
-def storage_read_bytes_per_s(folder: Path) -> float | None:
-    """Sequential read of a file in ``folder`` that no cache holds; None where the system cannot be told to forget it.
+def storage_read_bytes_per_s(folder: Path) -> float:
+    """Sequential read of a file in ``folder``, past the cache where the system can be told to forget it (Linux).
 
     Raises:
         EdgestillError: the file cannot be written.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return None
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             block = os.urandom(1 << 20)
@@ -121,7 +137,8 @@ def storage_read_bytes_per_s(folder: Path) -> float | None:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             file.seek(0)
             start = time.perf_counter()
             while file.read(1 << 20):

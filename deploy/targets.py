@@ -17,6 +17,7 @@ from compress.errors import ProfileError, TargetError
 from compress.names import nearest
 from compress.yaml_reader import KeyPath, read_yaml_file
 
+NAME = r"^[a-z0-9][a-z0-9.-]*$"
 SUFFIXES = (".yaml", ".yml")
 Format = Literal["onnx", "gptq"]
 
@@ -27,7 +28,7 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     edgestill: Literal[1] = Field(description="version of this file's form")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="the file's name without .yaml")
+    name: str = Field(pattern=NAME, description="the file's name without .yaml")
     description: str = Field(description="one line: which device, which variant")
     cpu: str = Field(description="processor")
     isa: list[str] = Field(min_length=1, description="architecture, then instruction sets as /proc/cpuinfo names them")
