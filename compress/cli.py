@@ -342,8 +342,8 @@ def evaluate(
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
 
 
-targets = typer.Typer(name="targets", no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
-app.add_typer(targets)
+targets = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
+app.add_typer(targets, name="targets")
 
 
 @targets.command("list")

@@ -145,10 +145,10 @@ def local_estimates(stages: Iterable[StageRecord]) -> list[EstimateRecord]:
     """
     found: list[EstimateRecord] = []
     for stage in stages:
-        reckoned = stage["metrics"].get("local_estimate") if stage["stage"] == "deploy.bench" else None
-        for what, key, unit in LOCAL if reckoned else ():
-            seen = stage["metrics"].get(key)
-            found.append({"what": what, "unit": unit, "estimated": reckoned[key], "measured": seen})
+        figures = stage["metrics"]
+        if stage["stage"] == "deploy.bench" and (reckoned := figures.get("local_estimate")):
+            for what, key, unit in LOCAL:
+                found.append({"what": what, "unit": unit, "estimated": reckoned[key], "measured": figures.get(key)})
     return found
 
 

@@ -184,7 +184,7 @@ def bench(params: BenchParams, ctx: StageContext) -> StageResult:
         threads=ctx.threads,
     )
     metrics, notes = record.facts(), []
-    metrics["local_estimate"] = target_estimate(ctx.inputs["bundle"], here(measure_rates(ctx.threads)), params)
+    metrics["local_estimate"] = local_estimate(ctx.inputs["bundle"], ctx.threads, params)
     if ctx.target is not None:
         metrics["target_estimate"] = target_estimate(ctx.inputs["bundle"], ctx.target, params)
         notes.append(f"target_estimate is reckoned for {ctx.target.name}; nothing was measured there")
@@ -197,6 +197,18 @@ def bench(params: BenchParams, ctx: StageContext) -> StageResult:
             f"the machine was busy (load average {record.load_average:.1f} on {cores} cores): these figures are too low"
         )
     return StageResult(metrics=metrics, notes=notes)
+
+
+def local_estimate(folder: Path, threads: int, params: BenchParams) -> dict[str, Any]:
+    """What is foretold for the bundle on this machine, from its rates at the model's width; measured in two seconds.
+
+    Raises:
+        EdgestillError: as `measure_rates`.
+    """
+    bundle = open_bundle(folder, verify=False)
+    level = int(bundle.info["onnx"]["accuracy_level"])
+    rates = measure_rates(threads, width=int(bundle.model["hidden"]), accuracy_level=level)
+    return {**target_estimate(folder, here(rates), params), "rates": asdict(rates)}
 
 
 def target_estimate(folder: Path, target: Target, params: BenchParams) -> dict[str, Any]:

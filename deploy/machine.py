@@ -25,6 +25,8 @@ from compress.errors import EdgestillError
 from deploy.targets import Target
 
 WIDTH, PROMPT, BLOCK = 1024, 64, 32  # a product of (64, 1024) with (1024, 1024), groups of 32
+NARROW = 256  # below it a product is mostly dispatch, which ``node_seconds`` counts already
+LEVEL = 4  # of accuracy: activations in 8 bits, as exported where nothing else is said
 SMALL, CHAIN = 64, 200  # a chain of 200 operators on 64 values: the runtime's own time, next to no arithmetic
 STORAGE_BYTES = 128 << 20
 HERE = "this-machine"
@@ -40,22 +42,27 @@ class Rates:
     threads: int
     read_bytes_per_s: float
     fp32_flops_per_s: float
-    int8_ops_per_s: float  # MatMulNBits with 4-bit codes at accuracy level 4
+    code_ops_per_s: float  # MatMulNBits with 4-bit codes
+    code_row_ops_per_s: float  # the same with one row: a token that is decoded
     node_seconds: float
     load_average: float
 
 
-def measure_rates(threads: int) -> Rates:
+def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEVEL) -> Rates:
     """Measure this machine on ``threads`` threads, in a process of its own; takes about two seconds.
+
+    ``width`` is that of the square matrices, at least `NARROW` and rounded up to a multiple of 32, ``accuracy_level``
+    that of the coded ones.
 
     Raises:
         EdgestillError: the measuring process failed.
     """
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    side = -(-max(width, NARROW) // BLOCK) * BLOCK
     settings = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path.rstrip(os.pathsep)}
     try:
         done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-m", "deploy.machine", str(threads)],
+            [sys.executable, "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT_S,
@@ -84,7 +91,8 @@ def here(rates: Rates, **facts: Any) -> Target:
         "read_efficiency": 1.0,
         "fp32_flops_per_s": rates.fp32_flops_per_s,
         "compute_efficiency": 1.0,
-        "int8_ops_per_s": rates.int8_ops_per_s,
+        "code_ops_per_s": rates.code_ops_per_s,
+        "code_row_ops_per_s": rates.code_row_ops_per_s,
         "node_seconds": rates.node_seconds,
         "storage_bytes": shutil.disk_usage(Path.cwd()).free,
         "storage_read_bytes_per_s": 1.0,  # no estimate reads it
@@ -180,10 +188,12 @@ fp32_flops_per_s: {target.fp32_flops_per_s:.4e}
 compute_efficiency: 1.0
 
 # The same product from 4-bit codes in groups of {BLOCK}, activations in 8 bits (MatMulNBits, accuracy level 4); one \
-thread: {single.int8_ops_per_s:.3e}.
-int8_ops_per_s: {target.int8_ops_per_s:.4e}
+thread: {single.code_ops_per_s:.3e}.
+code_ops_per_s: {rates.code_ops_per_s:.4e}
+# With one row instead of {PROMPT}, as when a token is decoded; one thread: {single.code_row_ops_per_s:.3e}.
+code_row_ops_per_s: {rates.code_row_ops_per_s:.4e}
 
-# One small operator, the mean over a chain of {CHAIN}.
+# One small operator ({SMALL} values, MatMulNBits), the mean over a chain of {CHAIN}.
 node_seconds: {target.node_seconds:.3e}
 
 # Free space beside this file; {STORAGE_BYTES >> 20} MB written there and read back past the cache.
@@ -229,7 +239,7 @@ def _session(nodes: list[Any], weights: dict[str, Any], columns: int, threads: i
     return seconds
 
 
-def _coded(size: int, source: str, result: str, tag: str) -> tuple[Any, dict[str, Any]]:
+def _coded(size: int, result: str, level: int) -> tuple[Any, dict[str, Any]]:
     """Return a MatMulNBits node over a square matrix of 4-bit codes, and its weights."""
     import numpy as np
     from onnx import helper
@@ -238,25 +248,25 @@ def _coded(size: int, source: str, result: str, tag: str) -> tuple[Any, dict[str
     codes = draw.integers(0, 256, (size, size // BLOCK, BLOCK // 2), dtype=np.uint8)
     scales = draw.random(size * size // BLOCK, dtype=np.float32) / size
     node = helper.make_node(
-        "MatMulNBits", [source, f"codes{tag}", f"scales{tag}"], [result], domain="com.microsoft",
-        K=size, N=size, bits=4, block_size=BLOCK, accuracy_level=4,
+        "MatMulNBits", ["x0", "codes", "scales"], [result], domain="com.microsoft",
+        K=size, N=size, bits=4, block_size=BLOCK, accuracy_level=level,
     )  # fmt: skip
-    return node, {f"codes{tag}": codes, f"scales{tag}": scales}
+    return node, {"codes": codes, "scales": scales}
 
 
-def _rates(threads: int) -> Rates:
+def _rates(threads: int, width: int, level: int) -> Rates:
     """Measure in this process."""
     import numpy as np
     from onnx import helper
 
     from deploy.bench_worker import read_bandwidth
 
-    operations = 2 * PROMPT * WIDTH * WIDTH
-    plain = np.random.default_rng(0).random((WIDTH, WIDTH), dtype=np.float32)
-    product = _session([helper.make_node("MatMul", ["x0", "w"], ["y"])], {"w": plain}, WIDTH, threads)
-    node, weights = _coded(WIDTH, "x0", "y", "")
-    coded = _session([node], weights, WIDTH, threads)
-    small, weights = _coded(SMALL, "x0", "x1", "")
+    row = 2 * width * width
+    plain = np.random.default_rng(0).random((width, width), dtype=np.float32)
+    product = _session([helper.make_node("MatMul", ["x0", "w"], ["y"])], {"w": plain}, width, threads)
+    node, weights = _coded(width, "y", level)
+    coded = _session([node], weights, width, threads)
+    small, weights = _coded(SMALL, "x1", level)
     chain = []
     for at in range(CHAIN):
         after = "y" if at == CHAIN - 1 else f"x{at + 1}"
@@ -266,12 +276,13 @@ def _rates(threads: int) -> Rates:
     return Rates(
         threads=threads,
         read_bytes_per_s=read_bandwidth(),
-        fp32_flops_per_s=operations / product(PROMPT),
-        int8_ops_per_s=operations / coded(PROMPT),
+        fp32_flops_per_s=PROMPT * row / product(PROMPT),
+        code_ops_per_s=PROMPT * row / coded(PROMPT),
+        code_row_ops_per_s=row / coded(1),
         node_seconds=_session(chain, weights, SMALL, threads)(1) / CHAIN,
         load_average=os.getloadavg()[0],
     )
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(asdict(_rates(int(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(asdict(_rates(*map(int, sys.argv[1:4])))) + "\n")

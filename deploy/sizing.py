@@ -117,7 +117,7 @@ def estimate(
         vocabulary=int(config["vocab_size"]),
         size=bundle_bytes(config, precision),
         prompt=context,
-        int8=precision.bits < 16,
+        coded=precision.bits < 16,
     )
 
 
@@ -152,7 +152,7 @@ def estimate_of_bundle(
         vocabulary=int(bundle.model["vocabulary"]),
         size=bundle.bytes,
         prompt=context_tokens if prompt_tokens is None else prompt_tokens,
-        int8=bundle.model["bits"] is not None and bundle.info["onnx"]["accuracy_level"] == 4,
+        coded=bundle.model["bits"] is not None,
     )
 
 
@@ -167,15 +167,14 @@ def _on_target(
     vocabulary: int,
     size: int,
     prompt: int,  # tokens that are read at once
-    int8: bool,  # products of codes and 8-bit activations
+    coded: bool,  # the linears are codes
 ) -> SizeEstimate:
     stored, read = weights
     overhead = (layers * LAYER_NODES + 8) * target.node_seconds
-    rate = target.int8_ops_per_s if int8 and target.int8_ops_per_s else target.flops_per_s
-    per_token = 2 * parameters / rate
+    row, rows = (2 * parameters / target.product_ops_per_s(coded=coded, rows=count) for count in (1, prompt))
     # half the context is full on average over an answer
-    decode = max((read + cache / 2) / target.read_bytes_per_s, per_token) + overhead
-    prefill = max(read / target.read_bytes_per_s, prompt * per_token) + overhead
+    decode = max((read + cache / 2) / target.read_bytes_per_s, row) + overhead
+    prefill = max(read / target.read_bytes_per_s, prompt * rows) + overhead
     return SizeEstimate(
         bundle_bytes=size,
         weight_bytes=stored,

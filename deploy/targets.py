@@ -1,8 +1,8 @@
 """Targets: what is known of a device, read from ``profiles/targets/NAME.yaml`` or from a file of the user's.
 
 `load_target` reads one, `list_targets` names the built-in ones, `find_target` gives the file of one, `unlike` tells in
-what a machine is not one. Every figure of a built-in target has its public source in a comment beside it. Knows nothing of models: what fits a target is
-`deploy.sizing`'s question.
+what a machine is not one. Every figure of a built-in target has its public source in a comment beside it. Knows nothing
+of models: what fits a target is `deploy.sizing`'s question.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class Target(BaseModel):
     compute_efficiency: float = Field(0.3, gt=0, le=1, description="share of that peak that prefill reaches")
     storage_bytes: int = Field(ge=1, description="storage that a bundle may take")
     storage_read_bytes_per_s: float = Field(gt=0, description="sequential read")
-    int8_ops_per_s: float | None = Field(
-        None, gt=0, description="MatMulNBits with 8-bit activations, all cores, measured; left out: as fp32"
+    code_ops_per_s: float | None = Field(
+        None, gt=0, description="products of 4-bit codes with a prompt's 8-bit activations, measured; left out: as fp32"
+    )
+    code_row_ops_per_s: float | None = Field(
+        None, gt=0, description="the same with one token; left out: as with a prompt"
     )
     node_seconds: float = Field(2e-6, gt=0, description="time of one small operator in the runtime, with no arithmetic")
     runtime: Literal["onnxruntime-genai", "onnxruntime-web"] = Field(description="what runs the bundle there")
@@ -65,6 +68,11 @@ class Target(BaseModel):
     def flops_per_s(self) -> float:
         """Arithmetic that prefill can expect, in fp32 operations per second."""
         return self.fp32_flops_per_s * self.compute_efficiency
+
+    def product_ops_per_s(self, *, coded: bool, rows: int) -> float:
+        """Arithmetic that products of ``rows`` tokens can expect, with weights as codes or as they are."""
+        found = self.code_row_ops_per_s if rows == 1 else None
+        return (found or self.code_ops_per_s or self.flops_per_s) if coded else self.flops_per_s
 
     @property
     def notes(self) -> list[str]:
