@@ -193,7 +193,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
-        version=2,
+        version=3,
         reads=("model",),
         optional=("data",),
         writes="bundle",

@@ -32,6 +32,11 @@ class ExportParams(Params):
     accuracy_level: Literal[0, 1, 4] = Field(
         4, description="of the int4 products: 4 rounds activations to 8 bits, two to three times faster; 0, 1: fp32"
     )
+    last_logits: bool = Field(
+        True,
+        description="a prompt's logits at its last position alone, which is what generation reads and other runtimes "
+        "compute; false: at every position, for a program that reads them",
+    )
     context_tokens: int | None = Field(
         None, ge=16, description="longest prompt and answer together; left out: the model's own"
     )
