@@ -194,7 +194,7 @@ class _Assembly:
             self.last_position(node.output[0], wanted)
 
     def is_last(self, name: str) -> bool:
-        """Whether only the last position is wanted behind the attention of the builder's node: it is of the last layer."""
+        """Whether the builder's node is of the last layer, where only the last position is wanted behind attention."""
         return self.options.last_logits and name.startswith(f"/model/layers.{self.last_layer}/")
 
     def last_position(self, value: str, output: str) -> str:
