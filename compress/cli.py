@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -276,15 +277,17 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
     *,
     target: Annotated[str | None, typer.Option(help="The device whose facts the figures are held against.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else as tuned, else all.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time a bundle on this machine: prefill, decode, first token, peak memory; beside it the estimate for a target."""
     from compress.single import Request, run_stage, stage_and_params
+    from deploy.bundle import tuned
 
     line, params = stage_and_params("deploy.bench.local", overrides or [])
     device = _target(target)
+    threads = threads or tuned(bundle).get("threads")
     request = Request(line, params, {"bundle": bundle}, target=device, threads=threads)
     result = run_stage(request, progress(quiet=as_json))
     notes, measured = list(result.notes), dict(result.metrics)
@@ -304,6 +307,37 @@ def bench(
         from compress import terminal
 
         terminal.show_target(measured, foretold, terminal.console())
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    *,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds to search.")] = 120.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else BUNDLE-tuned here.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the bundle itself.")] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of a typical request.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Answer of a typical request.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the settings under which a bundle is fastest on this machine, and write a bundle that has them."""
+    from compress import doctor
+    from deploy.params import TuneParams
+    from deploy.tune import tune as tune_bundle
+
+    if in_place and out is not None:
+        raise UserError("--in-place", "given with --out", "one of the two")
+    params = TuneParams(budget_s=budget, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    place = bundle if in_place else out or Path(f"{bundle.resolve().name}-tuned")
+    device = str(doctor.machine()["cpu"])
+    found = tune_bundle(bundle, place, params, device=device, progress=progress(quiet=as_json))
+    if as_json:
+        show_json({"setting": asdict(found.setting), **found.measured})
+        return
+    from compress import terminal
+
+    terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
+    print(f"wrote {place}")
 
 
 @app.command("eval")

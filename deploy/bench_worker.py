@@ -56,11 +56,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     runner = GenaiRunner(Path(request["folder"]), threads=request["threads"], verify=False)
     loaded = time.perf_counter()
     prompt_tokens, new_tokens = request["prompt_tokens"], request["new_tokens"]
-    first_id = min(5, runner.vocabulary - 1)
-    ids = [first_id + at % max(1, runner.vocabulary - first_id) for at in range(prompt_tokens)]
+    ids = prompt_ids(runner, prompt_tokens)
     prefill, first_token, decode = [], [], []
     for repeat in range(request["warmup"] + request["repeats"]):
-        read, first, rest = _generate(runner, ids, new_tokens)
+        read, first, rest = generate(runner, ids, new_tokens)
         if repeat >= request["warmup"]:
             prefill.append(read)
             first_token.append(first)
@@ -79,7 +78,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generate(runner: Any, ids: list[int], new_tokens: int) -> tuple[float, float, float]:
+def prompt_ids(runner: Any, count: int) -> list[int]:
+    """Return the ids of a prompt of ``count`` tokens; which ones does not matter to its speed."""
+    first = min(5, runner.vocabulary - 1)
+    return [first + at % max(1, runner.vocabulary - first) for at in range(count)]
+
+
+def generate(runner: Any, ids: list[int], new_tokens: int) -> tuple[float, float, float]:
     """Return seconds of reading the prompt, of that and the first token, and of the tokens after the first."""
     import numpy as np
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+WORTH_BYTES = 16 << 20  # of weights, from which moving pays: less lies in the caches
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h
 _SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _MAPS, _TOTALS = Path("/proc/self/maps"), Path("/proc/self/smaps_rollup")

@@ -63,3 +63,22 @@ class BenchParams(Params):
     new_tokens: int = Field(64, ge=2, description="tokens that are generated")
     repeats: int = Field(5, ge=1, description="measured repeats; the median counts")
     warmup: int = Field(1, ge=0, description="repeats before that are not measured")
+
+
+class TuneParams(Params):
+    """What request is made fast, for how long better settings are sought, and what quality they must keep."""
+
+    budget_s: float = Field(
+        default=120.0, gt=0, description="seconds of searching; opening and checking the bundle come on top"
+    )
+    prompt_tokens: int = Field(default=128, ge=1, description="tokens of the prompt of a typical request")
+    new_tokens: int = Field(default=64, ge=2, description="tokens of its answer")
+    rounds: int = Field(default=5, ge=1, description="paired measurements that decide between two settings")
+    margin: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the time that a setting must save to be taken"
+    )
+    max_kl: float = Field(
+        default=0.02,
+        gt=0,
+        description="largest mean divergence from the bundle as it was, nats per token, of rougher arithmetic",
+    )

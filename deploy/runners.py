@@ -24,13 +24,12 @@ from compress.errors import DataError, ModelError
 from deploy import huge_pages
 from deploy.bundle import open_bundle, tuned
 
-_LARGE = 16 << 20  # bytes of weights from which huge pages pay: less lies in the caches
-
 
 class GenaiRunner:
     """A bundle, or a bare folder of model, runtime config and tokenizer, opened on ``threads`` threads.
 
-    ``threads`` left out: as tuned, else all. ``session`` overrides entries of the runtime's session options.
+    ``threads`` and ``on_huge_pages`` left out: as tuned, else all of them, and yes where the weights are large.
+    ``session`` and ``search`` override entries of these parts of the runtime's config.
 
     Raises:
         ModelError: the bundle is damaged or the runtime cannot open it.
@@ -44,28 +43,36 @@ class GenaiRunner:
         batch_size: int = 32,
         verify: bool = True,
         session: Mapping[str, Any] | None = None,
+        search: Mapping[str, Any] | None = None,
+        on_huge_pages: bool | None = None,
     ) -> None:
         if verify:
             open_bundle(folder).need("onnx")
         config_file = folder / "genai_config.json"
         if not config_file.is_file():
             raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
-        settings = json.loads(config_file.read_text(encoding="utf-8"))["model"]
+        configured = json.loads(config_file.read_text(encoding="utf-8"))
+        settings = configured["model"]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
         self.pad_id = int(settings.get("pad_token_id") or 0)
         found = tuned(folder)
         self.folder, self.batch_size = folder, batch_size
         self.threads = threads or int(found.get("threads") or os.cpu_count() or 1)
-        self._session = {**(session or {}), "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
+        session = {**(session or {}), "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        decoder = {"eos_token_id": [], "decoder": {"session_options": session}}
+        self._overlay = json.dumps({"model": decoder, "search": dict(search or {})})
         self.model = self._open(folder)
-        weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-        if weights >= _LARGE and found.get("huge_pages", True):
+        if on_huge_pages is None:
+            weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+            on_huge_pages = weights >= huge_pages.WORTH_BYTES and bool(found.get("huge_pages", True))
+        if on_huge_pages:
             huge_pages.collapse()
 
     def _open(self, folder: Path) -> og.Model:
         try:
             config = og.Config(str(folder))
-            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": self._session}}}))
+            config.overlay(self._overlay)
             return og.Model(config)
         except RuntimeError as error:  # what the runtime raises for everything
             raise ModelError(str(folder), f"onnxruntime-genai cannot open it: {str(error)[:300]}") from error
@@ -140,6 +147,12 @@ class GenaiRunner:
         params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=rows)
         return og.Generator(model or self.model, params)
 
+    def encode(self, texts: Sequence[str], most: int) -> list[list[int]]:
+        """Return the token ids of each text by the bundle's tokenizer, cut to ``most`` and the context."""
+        tokenizer = og.Tokenizer(self.model)
+        cut = [[int(token) for token in tokenizer.encode(text)[: min(most, self.context)]] for text in texts]
+        return [ids for ids in cut if ids]
+
     def next_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (vocabulary,) after ``ids``, read at once by the very graph that generates.
 
@@ -161,7 +174,8 @@ class GenaiRunner:
         first = len(ids) if prefill is None else prefill
         generator = self.start(self.context, model=self._every_position)
         parts = []
-        for start, stop in [(0, first), *((at, at + 1) for at in range(first, len(ids)))]:
+        starts = [*range(0, first, self._chunk), *range(first, len(ids))]  # the runtime would give a last chunk alone
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             generator.append_tokens(np.asarray(ids[start:stop], dtype=np.int32))
             parts.append(np.array(generator.get_output("logits")[0], dtype=np.float32))
         return np.concatenate(parts)

@@ -1,9 +1,9 @@
-"""Copies of an exported model that differ in one thing, over the same weights; for proofs and for reading quality.
+"""Copies of an exported model that differ in one thing, over the same weights, for proofs and reading quality.
 
-`exact_copy` computes in fp32 what ships with activations of 8 bits. `every_position_copy` gives logits at all positions
-of a prompt, where what ships gives those of the last one, which is all that generation reads: nodes that keep the last
-position are left out, all others stay as they are. Weights are linked, not copied. Knows the names that
-`deploy.export.onnx` gives; imports no torch.
+`accuracy_copy` computes in fp32 what ships with activations of 8 bits, or the other way round. `every_position_copy`
+gives logits at all positions of a prompt, where what ships gives those of the last one, which is all that generation
+reads: nodes that keep the last position are left out, all others stay as they are. Weights are linked, not copied.
+Knows the names that `deploy.export.onnx` gives; imports no torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ LOGITS = "logits"
 POSITIONS = "sequence_length"  # the symbolic size of the runtime's own graphs
 
 
-def exact_copy(folder: Path, out: Path) -> bool:
-    """Write the model of ``folder`` with fp32 arithmetic into ``out``; False when it has that already."""
+def accuracy_copy(folder: Path, out: Path, level: int) -> bool:
+    """Write the model of ``folder`` with MatMulNBits at accuracy ``level`` into ``out``; False when it has it.
+
+    4 rounds activations to 8 bits per block, 1 computes in fp32, which is what 0 does on a CPU as well.
+    """
     model = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
     changed = False
     for node in model.graph.node:
         for attribute in node.attribute:
-            if attribute.name == "accuracy_level" and attribute.i == 4:
-                attribute.i, changed = 1, True
+            if attribute.name == "accuracy_level" and (attribute.i == 4) != (level == 4):
+                attribute.i, changed = level, True
     if changed:
         _write(model, folder, out)
     return changed

@@ -21,7 +21,7 @@ from compress.errors import ParityError
 from compress.model.checkpoint import TorchRuntime, load_model
 from deploy.export.onnx import MODEL_FILE
 from deploy.runners import GenaiRunner
-from deploy.variants import exact_copy
+from deploy.variants import accuracy_copy
 from evaluators.agreement import compare
 
 
@@ -71,7 +71,7 @@ def check(
     expected = torch_logits(checkpoint, prompts)
     shipped = difference(folder, prompts, expected, threads=threads)
     with tempfile.TemporaryDirectory(prefix="exact-", dir=work) as temporary:
-        changed = exact_copy(folder, Path(temporary))
+        changed = accuracy_copy(folder, Path(temporary), 1)
         exact = difference(Path(temporary), prompts, expected, threads=threads) if changed else shipped
     where = str(folder / MODEL_FILE)
     if not exact.relative <= tolerance:
