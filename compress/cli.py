@@ -337,6 +337,8 @@ def tune(
     from compress import terminal
 
     terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
+    if found.measured["load_average"] > doctor.cores():
+        print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
     print(f"wrote {place}")
 
 
