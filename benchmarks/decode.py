@@ -221,8 +221,8 @@ def genai_request(request: dict[str, Any]) -> Callable[[], tuple[float, float]]:
     """A function that runs one request in onnxruntime-genai: seconds to the first token, seconds for the others."""
     import onnxruntime_genai as og
 
-    from deploy.bench_worker import generate, prompt_ids
     from deploy.runners import GenaiRunner
+    from deploy.tune_worker import generate, prompt_ids
 
     runner = GenaiRunner(
         Path(request["folder"]), verify=False, on_huge_pages=None if request["kind"] == "edgestill" else False
@@ -294,7 +294,7 @@ def race(rows: list[Contender], options: argparse.Namespace) -> None:
 
 def bandwidth(threads: int) -> float:
     """Bytes per second of a sequential read with so many threads, in a process of its own."""
-    code = "from deploy.bench_worker import read_bandwidth; print(read_bandwidth())"
+    code = "from deploy.bundle_runner.run import read_bandwidth; print(read_bandwidth())"
     settings = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | settings)
@@ -323,10 +323,8 @@ def show(shape: str, rows: list[Contender], read: float, options: argparse.Names
         figures = (f"{row.file_bytes / 1e6:.0f}", f"{prefill:.0f}", f"{decode:.0f}", f"{share:.0%}", against)
         print(f"| {' | '.join((row.name, row.linears, row.head, *figures))} |")
     cores = len(os.sched_getaffinity(0))
-    print(
-        f"\nSequential read {read / 1e9:.1f} GB/s; load average {os.getloadavg()[0]:.1f} on {cores} cores. Against Q4_0:"
-    )
-    print("prefill / decode, median of the ratios within each round. Weights are random: no quality is compared.")
+    print(f"\nSequential read {read / 1e9:.1f} GB/s; load average {os.getloadavg()[0]:.1f} on {cores} cores. Against")
+    print("Q4_0: prefill / decode, median of the ratios within each round. Weights are random: no quality is compared.")
 
 
 def main() -> None:

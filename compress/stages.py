@@ -247,7 +247,7 @@ STAGES: tuple[Stage, ...] = (
         "local",
         "deploy.params:BenchParams",
         "deploy.bench:bench",
-        version=2,
+        version=3,
         reads=("bundle",),
         writes="bench",
         uses=("target", "device"),

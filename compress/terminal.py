@@ -132,9 +132,11 @@ def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str
 
 
 def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
-    """A bundle's figures on this machine beside the estimate for another one."""
-    name = foretold["target"]
-    table = Table("", "measured on this machine", f"estimate for {name}, not measured")
+    """A bundle's figures where they were measured, beside the estimate for a target."""
+    name, where = foretold["target"], measured["where"]
+    table = Table(
+        "", f"measured on {'this machine' if where == 'local' else where}", f"estimate for {name}, not measured"
+    )
     for what, unit in (("prefill", "tokens/s"), ("decode", "tokens/s")):
         key = f"{what}_tokens_per_s"
         table.add_row(f"{what} {unit}", rate(measured[key]), rate(foretold[key]))

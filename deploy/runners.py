@@ -28,7 +28,7 @@ from deploy.bundle import open_bundle, tuned
 class GenaiRunner:
     """A bundle, or a bare folder of model, runtime config and tokenizer, opened on ``threads`` threads.
 
-    ``threads`` and ``on_huge_pages`` left out: as tuned, else all of them, and yes where the weights are large.
+    ``threads`` left out: as tuned, else all. ``on_huge_pages`` left out: where the weights are large.
     ``session`` and ``search`` override entries of these parts of the runtime's config.
 
     Raises:
@@ -65,7 +65,7 @@ class GenaiRunner:
         self.model = self._open(folder)
         if on_huge_pages is None:
             weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
-            on_huge_pages = weights >= huge_pages.WORTH_BYTES and bool(found.get("huge_pages", True))
+            on_huge_pages = weights >= huge_pages.WORTH_BYTES
         if on_huge_pages:
             huge_pages.collapse()
 

@@ -18,7 +18,7 @@ from typing import Any
 from compress.errors import ModelError, TargetError
 from compress.model.quantization.layout import stored_as
 from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes, parameter_count
-from deploy.bundle import Bundle
+from deploy.bundle import RUNNER, Bundle
 from deploy.targets import Target
 
 HEAD_MULTIPLE = 16  # heads are padded to it (deploy.export.heads)
@@ -181,7 +181,8 @@ def bundle_bytes(config: Mapping[str, Any], precision: Precision) -> int:
     """Return the bytes of all files of the bundle."""
     stored, _ = weight_bytes(config, precision)
     graph = GRAPH_BYTES + int(config["num_hidden_layers"]) * LAYER_GRAPH_BYTES
-    return stored + graph + CONFIG_BYTES + TOKENIZER_BYTES_PER_ENTRY * int(config["vocab_size"])
+    fixed = CONFIG_BYTES + RUNNER.stat().st_size
+    return stored + graph + fixed + TOKENIZER_BYTES_PER_ENTRY * int(config["vocab_size"])
 
 
 def weight_bytes(config: Mapping[str, Any], precision: Precision) -> tuple[int, int]:

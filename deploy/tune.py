@@ -28,7 +28,6 @@ import numpy as np
 from compress.errors import ModelError, ParityError, UserError
 from compress.progress import Progress
 from compress.store import MANIFEST
-from deploy import huge_pages
 from deploy.bundle import BUNDLE_FILE, Bundle, open_bundle, write_bundle
 from deploy.params import PROMPTS, TuneParams
 from deploy.runners import GenaiRunner
@@ -89,17 +88,15 @@ def tune(bundle: Path, out: Path, params: TuneParams, *, device: str, progress: 
 
 def starting_point(bundle: Bundle) -> Setting:
     """The setting of an untuned bundle on this machine."""
-    weights = sum(path.stat().st_size for path in bundle.folder.glob(f"{MODEL_FILE}*"))
     config = json.loads((bundle.folder / GENAI_CONFIG).read_text(encoding="utf-8"))
     return Setting(
         threads=len(_cores()),
-        huge_pages=weights >= huge_pages.WORTH_BYTES and huge_pages.page_bytes() > 0,
         share_buffer=bool(config["search"].get("past_present_share_buffer", False)),
         accuracy_level=4 if int(bundle.info["onnx"]["accuracy_level"]) == 4 else 1,
     )
 
 
-def values(start: Setting, cores: int, prompt_tokens: int) -> dict[str, list[Any]]:
+def values(cores: int, prompt_tokens: int) -> dict[str, list[Any]]:
     """What is worth trying per knob on a machine of so many ``cores``, in the order of what it usually brings."""
     counts = {cores, cores - 1, cores // 2, *(1 << power for power in range(cores.bit_length()))}
     found: dict[str, list[Any]] = {
@@ -108,8 +105,6 @@ def values(start: Setting, cores: int, prompt_tokens: int) -> dict[str, list[Any
         "spinning": [True, False],
         "share_buffer": [True, False],
     }
-    if start.huge_pages:
-        found["huge_pages"] = [True, False]
     if cores > 1 and hasattr(os, "sched_getaffinity"):
         found["pinned"] = [False, True]
     chunks = [size for size in (512, 256, 128, 64, 32) if size < prompt_tokens]
@@ -126,7 +121,7 @@ def _find(
     say(f"searching for {params.budget_s:g} s")
     judges = Judges(workers.measure, quality.refuse, lambda: time.monotonic() >= ends)
     rules = Rules(params.new_tokens, params.rounds, params.margin)
-    space = values(start, len(_cores()), params.prompt_tokens)
+    space = values(len(_cores()), params.prompt_tokens)
     try:
         workers.measure(start)
     except NotMeasurable as error:
@@ -211,7 +206,6 @@ class Workers:
         request = {
             "folder": str(self.graph(setting.accuracy_level).resolve()),
             "threads": setting.threads,
-            "huge_pages": setting.huge_pages,
             "session": session_entries(setting),
             "search": search_entries(setting),
             "prompt_tokens": self.params.prompt_tokens,

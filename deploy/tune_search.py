@@ -22,7 +22,6 @@ class Setting:
     """How a bundle is run. Entries of the runtime's session, of its search, and of this process."""
 
     threads: int
-    huge_pages: bool = True
     spinning: bool = True  # threads wait busily for the next operator instead of sleeping
     pinned: bool = False  # each further thread on a core of its own
     share_buffer: bool = True  # the KV cache grows in place instead of being copied

@@ -25,7 +25,6 @@ from deploy.tune_search import Judges, NotMeasurable, Rules, Setting, Timing, se
 START = Setting(threads=4)
 VALUES = {
     "threads": [4, 2, 1],
-    "huge_pages": [True, False],
     "spinning": [True, False],
     "pinned": [False, True],
     "prefill_chunk": [None, 64, 32],
@@ -119,7 +118,7 @@ def test_a_tuned_bundle_is_whole_and_answers_as_before(bundle: Path, tmp_path: P
     out = tmp_path / "tuned"
     result = tuning.tune(bundle, out, QUICK, device="a test")
     said = open_bundle(out).info["tuned"]
-    assert set(said) >= {"threads", "prefill_chunk", "device", "config_entries", "measured", "huge_pages"}
+    assert set(said) >= {"threads", "prefill_chunk", "device", "config_entries", "measured"}
     assert said["threads"] == result.setting.threads
     assert said["measured"]["before"]["decode_tokens_per_s"] > 0
     config = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
@@ -142,7 +141,7 @@ def test_every_setting_is_written_and_read_by_the_runtime(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "_cores", lambda: [0, 1])
-    best = Setting(2, False, False, True, False, prefill_chunk=4, accuracy_level=1)
+    best = Setting(2, False, True, False, prefill_chunk=4, accuracy_level=1)
     only(monkeypatch, best)
     out = tmp_path / "tuned"
     tuning.tune(bundle, out, QUICK, device="a test")
