@@ -311,12 +311,18 @@ def bench(
         result = benching.bench(
             folder, place, overrides or [], target=device, threads=threads, out=out, progress=progress(quiet=as_json)
         )
-    measured = dict(result.metrics)
-    foretold = None if as_json else measured.pop("target_estimate", None)
-    _show_result(measured, result.notes, as_json=as_json)
-    if foretold is not None:
-        from compress import terminal
+    if as_json:
+        _show_result(result.metrics, result.notes, as_json=True)
+        return
+    from compress import terminal
 
+    measured = dict(result.metrics)
+
+    local, foretold = measured.pop("local_estimate", None), measured.pop("target_estimate", None)
+    _show_result(measured, result.notes, as_json=False)
+    if local is not None:
+        terminal.show_local(measured, local, terminal.console())
+    if foretold is not None:
         terminal.show_target(measured, foretold, terminal.console())
 
 
@@ -410,6 +416,39 @@ def evaluate(
 
     rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+
+
+targets = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
+app.add_typer(targets, name="targets")
+
+
+@targets.command("list")
+def list_targets(as_json: JsonOption = False) -> None:
+    """List the built-in targets, as ls targets does."""
+    listing(Listed.targets, as_json=as_json)
+
+
+@targets.command("show")
+def show_target(name: Annotated[str, typer.Argument(help="A built-in target's name, or a target file.")]) -> None:
+    """Print a target's file: every figure with where it comes from."""
+    from deploy.targets import find_target, load_target
+
+    load_target(name)
+    print(find_target(name).read_text(encoding="utf-8"), end="")
+
+
+@targets.command("measure")
+def measure_target(
+    name: Annotated[str, typer.Option(help="The target's name, in lower case.")] = "this-machine",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; else NAME.yaml here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all that may be used.")] = None,
+) -> None:
+    """Measure this machine in the runtime and write a target file of it; leave it idle for the ten seconds."""
+    from compress import listings
+
+    place = out or Path(f"{name}.yaml")
+    print(listings.measured_target(name, place, threads), end="")
+    print(f"wrote {place}", file=sys.stderr)
 
 
 class Listed(StrEnum):

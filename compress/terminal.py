@@ -166,6 +166,20 @@ def show_tuned(setting: Mapping[str, Any], measured: Mapping[str, Any], out: Con
     out.print(", ".join(f"{knob} {value}" for knob, value in setting.items()))
 
 
+def show_local(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
+    """A bundle's figures on this machine beside those reckoned from the machine's own rates, and the error."""
+    table = Table("", "measured on this machine", "estimate from its measured rates", "error")
+    for what, key, unit in (
+        ("prefill tokens/s", "prefill_tokens_per_s", ""),
+        ("decode tokens/s", "decode_tokens_per_s", ""),
+        ("peak memory", "peak_memory_bytes", "bytes"),
+    ):
+        seen, reckoned = measured[key], foretold[key]
+        words = human_bytes if unit else rate
+        table.add_row(what, words(seen), words(reckoned), f"{reckoned / seen - 1:+.0%}")
+    out.print(table)
+
+
 def figure(value: float | None, unit: str) -> str:
     """A value with its unit, in a form that a person reads."""
     if value is None:

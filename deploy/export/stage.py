@@ -119,7 +119,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         threads=ctx.threads,
         work=ctx.work,
     )
-    result.notes += report.notes
+    result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
     if parity.shipped.top1 < 1:
         result.notes.append(_said(parity))
     result.metrics |= {
