@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -325,13 +326,52 @@ def bench(
         result = benching.bench(
             folder, place, overrides or [], target=device, threads=threads, out=out, progress=progress(quiet=as_json)
         )
-    measured = dict(result.metrics)
-    foretold = None if as_json else measured.pop("target_estimate", None)
-    _show_result(measured, result.notes, as_json=as_json)
-    if foretold is not None:
-        from compress import terminal
+    if as_json:
+        _show_result(result.metrics, result.notes, as_json=True)
+        return
+    from compress import terminal
 
+    measured = dict(result.metrics)
+
+    local, foretold = measured.pop("local_estimate", None), measured.pop("target_estimate", None)
+    _show_result(measured, result.notes, as_json=False)
+    if local is not None:
+        terminal.show_local(measured, local, terminal.console())
+    if foretold is not None:
         terminal.show_target(measured, foretold, terminal.console())
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    *,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds to search.")] = 120.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else BUNDLE-tuned here.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the bundle itself.")] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of a typical request.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Answer of a typical request.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the settings under which a bundle is fastest on this machine, and write a bundle that has them."""
+    from compress import doctor
+    from deploy.params import TuneParams
+    from deploy.tune import tune as tune_bundle
+
+    if in_place and out is not None:
+        raise UserError("--in-place", "given with --out", "one of the two")
+    params = TuneParams(budget_s=budget, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    place = bundle if in_place else out or Path(f"{bundle.resolve().name}-tuned")
+    device = str(doctor.machine()["cpu"])
+    found = tune_bundle(bundle, place, params, device=device, progress=progress(quiet=as_json))
+    if as_json:
+        show_json({"setting": asdict(found.setting), **found.measured})
+        return
+    from compress import terminal
+
+    terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
+    if found.measured["load_average"] > doctor.cores():
+        print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
+    print(f"wrote {place}")
 
 
 @app.command()
@@ -391,6 +431,39 @@ def evaluate(
 
     rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+
+
+targets = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
+app.add_typer(targets, name="targets")
+
+
+@targets.command("list")
+def list_targets(as_json: JsonOption = False) -> None:
+    """List the built-in targets, as ls targets does."""
+    listing(Listed.targets, as_json=as_json)
+
+
+@targets.command("show")
+def show_target(name: Annotated[str, typer.Argument(help="A built-in target's name, or a target file.")]) -> None:
+    """Print a target's file: every figure with where it comes from."""
+    from deploy.targets import find_target, load_target
+
+    load_target(name)
+    print(find_target(name).read_text(encoding="utf-8"), end="")
+
+
+@targets.command("measure")
+def measure_target(
+    name: Annotated[str, typer.Option(help="The target's name, in lower case.")] = "this-machine",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; else NAME.yaml here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all that may be used.")] = None,
+) -> None:
+    """Measure this machine in the runtime and write a target file of it; leave it idle for the ten seconds."""
+    from compress import listings
+
+    place = out or Path(f"{name}.yaml")
+    print(listings.measured_target(name, place, threads), end="")
+    print(f"wrote {place}", file=sys.stderr)
 
 
 class Listed(StrEnum):

@@ -2,8 +2,9 @@
 
 `bench_bundle` runs the bundle's runner (`deploy.bundle_runner.run`) in a fresh process, here or on a device, and gives
 a `BenchRecord`; `bench` is the stage for this machine, `bench_on` the same for a device. Beside it stands what is
-foretold for a target, an estimate and never a measurement. Figures are medians with their spread, and say how busy the
-machine was: beside other work a benchmark is worth little. Imports no torch.
+foretold for this machine from its measured rates, so that the error of the estimate is known, and for a target, an
+estimate and never a measurement. Figures are medians with their spread, and say how busy the machine was: beside other
+work a benchmark is worth little. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError, ModelError, StoreError
 from compress.files import file_sha256
 from deploy.bundle import BUNDLE_FILE, RUNNER, Bundle, open_bundle
+from deploy.machine import here, measure_rates
 from deploy.params import BenchParams
 from deploy.remote.sync import Copied, Remote, copy_bundle
 from deploy.remote.transport import Device, Finished, Local
@@ -171,7 +173,7 @@ def bench(params: BenchParams, ctx: StageContext) -> StageResult:
         ModelError, EdgestillError: as `bench_bundle`.
     """
     record = bench_bundle(ctx.inputs["bundle"], **params.model_dump(), threads=ctx.threads)
-    return _result(record, ctx.inputs["bundle"], ctx.target, params, ctx.out)
+    return _result(record, ctx.inputs["bundle"], ctx.target, params, ctx.out, local=True)
 
 
 def bench_on(
@@ -194,18 +196,21 @@ def bench_on(
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        return _result(record, folder, target, params, out)
+        return _result(record, folder, target, params, out, local=False)
     except OSError as error:
         raise StoreError(str(out), error.strerror or str(error), do="Give another --out") from error
 
 
 def _result(
-    record: BenchRecord, folder: Path, target: Target | None, params: BenchParams, out: Path | None
+    record: BenchRecord, folder: Path, target: Target | None, params: BenchParams, out: Path | None, *, local: bool
 ) -> StageResult:
     metrics, notes = record.facts(), []
+    if local:
+        metrics["local_estimate"] = local_estimate(folder, record.threads, params)
     if target is not None:
         metrics["target_estimate"] = target_estimate(folder, target, params)
         notes.append(f"target_estimate is reckoned for {target.name}; nothing was measured there")
+        notes += target.notes
     if out is not None:
         text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"
         (out / BENCH_FILE).write_text(text, encoding="utf-8")
@@ -215,13 +220,26 @@ def _result(
     return StageResult(metrics=metrics, notes=notes)
 
 
+def local_estimate(folder: Path, threads: int, params: BenchParams) -> dict[str, Any]:
+    """What is foretold for the bundle on this machine, from its rates at the model's width; measured in two seconds.
+
+    Raises:
+        EdgestillError: as `measure_rates`.
+    """
+    bundle = open_bundle(folder, verify=False)
+    level = int(bundle.info["onnx"]["accuracy_level"])
+    rates = measure_rates(threads, width=int(bundle.model["hidden"]), accuracy_level=level)
+    return {**target_estimate(folder, here(rates), params), "rates": asdict(rates)}
+
+
 def target_estimate(folder: Path, target: Target, params: BenchParams) -> dict[str, Any]:
     """What is foretold for the bundle on ``target`` at the lengths that are measured here.
 
     Raises:
         ModelError: as `sizing.estimate_of_bundle`.
     """
-    found = estimate_of_bundle(open_bundle(folder, verify=False), target, params.prompt_tokens + params.new_tokens)
+    tokens = params.prompt_tokens + params.new_tokens
+    found = estimate_of_bundle(open_bundle(folder, verify=False), target, tokens, params.prompt_tokens)
     return {
         "target": target.name,
         "prefill_tokens_per_s": found.prefill_tokens_per_s,

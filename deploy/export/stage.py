@@ -123,7 +123,9 @@ def _export_gguf(source: Path, out: Path, licence: str, result: StageResult) -> 
 
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
     """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
-    options = OnnxOptions(accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx))
+    options = OnnxOptions(
+        accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx), last_logits=params.last_logits
+    )
     ctx.progress.say("writing the ONNX model")
     report = _writer(params)(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)
@@ -138,7 +140,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         threads=ctx.threads,
         work=ctx.work,
     )
-    result.notes += report.notes
+    result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
     if parity.shipped.top1 < 1:
         result.notes.append(_said(parity))
     result.metrics |= {

@@ -15,7 +15,7 @@ from compress.model.checkpoint import read_config
 from deploy import bench as bench_module
 from deploy import sizing
 from deploy.bench import BENCH_FILE, bench, bench_bundle, target_estimate
-from deploy.bundle import BUNDLE_FILE
+from deploy.bundle import BUNDLE_FILE, open_bundle
 from deploy.params import BenchParams
 from deploy.sizing import Precision
 from deploy.targets import load_target
@@ -55,10 +55,26 @@ def test_the_target_is_estimated_beside_the_measurement(bundle: Path, quantized:
     assert found == target_estimate(bundle, target, params)
     assert result.notes[0] == f"target_estimate is reckoned for {PI}; nothing was measured there"
     wanted = sizing.estimate(config, Precision.of_checkpoint(quantized, config), target, 24)
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"):
+    for name in ("decode_tokens_per_s", "peak_memory_bytes"):
         assert found[name] == pytest.approx(getattr(wanted, name), rel=0.05)
+    whole = sizing.estimate_of_bundle(open_bundle(bundle), target, 24)  # all 24 tokens read at once, as in `wanted`
+    assert whole.prefill_tokens_per_s == pytest.approx(wanted.prefill_tokens_per_s, rel=0.05)
+    assert found["prefill_tokens_per_s"] < whole.prefill_tokens_per_s  # the operators' time is shared by fewer tokens
     assert found["first_token_s"] == pytest.approx(16 / found["prefill_tokens_per_s"])
     assert found["decode_tokens_per_s"] != pytest.approx(result.metrics["decode_tokens_per_s"], rel=1e-6)
+
+
+def test_the_error_of_the_estimate_on_this_machine_is_known(bundle: Path, tmp_path: Path) -> None:
+    ctx = context("deploy.bench.local", tmp_path / "out", inputs={"bundle": bundle})
+    metrics = bench(BenchParams(prompt_tokens=16, new_tokens=8, repeats=3), ctx).metrics
+    found = metrics["local_estimate"]
+    assert found["target"] == "this-machine"
+    assert found["peak_memory_bytes"] == pytest.approx(metrics["peak_memory_bytes"], rel=0.35)
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        assert 0.02 < found[name] / metrics[name] < 50  # the two are timed at other moments of a busy machine
+    rates, overhead = found["rates"], (2 * 11 + 8) * found["rates"]["node_seconds"]
+    assert 1 / found["decode_tokens_per_s"] > overhead
+    assert rates["threads"] == 1
 
 
 def test_the_command_tells_measurement_from_estimate(bundle: Path) -> None:
@@ -69,7 +85,8 @@ def test_the_command_tells_measurement_from_estimate(bundle: Path) -> None:
     assert f"estimate for {PI}, not measured" in result.stdout
     assert f"this machine is not {PI}: it " in result.stdout
     plain = CliRunner().invoke(cli.app, ["bench", str(bundle), *short]).stdout
-    assert "estimate" not in plain
+    assert "estimate from its measured rates" in plain
+    assert "estimate for" not in plain
     as_json = json.loads(CliRunner().invoke(cli.app, ["bench", str(bundle), "--target", PI, *short, "--json"]).stdout)
     assert as_json["metrics"]["target_estimate"]["target"] == PI
     assert any(note.startswith(f"this machine is not {PI}") for note in as_json["notes"])
