@@ -59,7 +59,7 @@ def test_a_failure_over_there_is_one_message(
 
 
 def test_the_target_is_asked_for_room_in_fp32(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codes become fp32 again: 69,952 parameters are 280 kB, where the codes would be 66 kB."""
+    """The codes become fp32 again: 69,952 parameters are 280 kB of the 300 and more that are asked for."""
     monkeypatch.setenv(optimum.VARIABLE, str(script(tmp_path / "python", "exit 1")))
-    with pytest.raises(TargetError, match=r"needs about 29.* kB of storage"):
+    with pytest.raises(TargetError, match=r"needs about 3\d\d kB of storage"):
         run(quantized, tmp_path / "out", storage_bytes=200_000)
