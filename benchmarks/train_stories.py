@@ -99,7 +99,8 @@ def main() -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
     print(f"{model.num_parameters():,} parameters, {len(train):,} training tokens", flush=True)
-    start, best, curve, step = time.monotonic(), math.inf, [], 0
+    start, best, step = time.monotonic(), math.inf, 0
+    curve: list[dict[str, float]] = []
     while (done := (time.monotonic() - start) / 60 / args.minutes) < 1:
         rate = RATE * min(1, (step + 1) / WARMUP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
@@ -114,14 +115,29 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % EVERY == 0:
-            found = validation_loss(model, valid)
-            curve.append({"step": step, "tokens": step * BATCH * LENGTH, "loss": float(loss), "valid": found})
+            best = min(best, judged(model, valid, tokenizer, curve, best, args.out, step))
             print(curve[-1], f"{time.monotonic() - start:.0f} s", flush=True)
-            if found < best:
-                best = found
-                model.save_pretrained(args.out)
-                tokenizer.save_pretrained(args.out)
-                (args.out / "training.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+    judged(model, valid, tokenizer, curve, best, args.out, step)
+    print(curve[-1], flush=True)
+
+
+def judged(  # noqa: PLR0917 - what the training loop has at hand
+    model: LlamaForCausalLM,
+    valid: torch.Tensor,
+    tokenizer: PreTrainedTokenizerFast,
+    curve: list[dict[str, float]],
+    best: float,
+    out: Path,
+    step: int,
+) -> float:
+    """Add the validation loss to the curve; save the model where it is lower than ``best``."""
+    found = validation_loss(model, valid)
+    curve.append({"step": step, "tokens": step * BATCH * LENGTH, "valid": found})
+    if found < best:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "training.json").write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def quantization_config(layout: Layout, params: RtnParams) -> dict[str, Any]:
         "group_size": layout.group_size,
         "sym": params.sym,
         "desc_act": free_order,
-        "damp_percent": gptq.damp_frac if gptq is not None else 0.0,
+        **({"damp_percent": gptq.damp_frac} if gptq is not None and gptq.damp_frac else {}),  # readers refuse 0
         "true_sequential": gptq.true_sequential if gptq is not None else False,
         "static_groups": False,
         "lm_head": False,
