@@ -8,6 +8,7 @@ from pydantic import Field
 
 from compress.context import Params
 
+Rule = Literal["affine", "lsq", "elastic", "ternary"]
 GROUP_SIZES = (128, 64, 32, 16)  # what the runtime's int4 operator takes as block, largest first
 
 
