@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from compress import hub
 from compress.errors import TargetError
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
+from compress.model.quantization.layout import choose
+from compress.model.quantization.params import RtnParams
 from compress.model.shapes import check_config, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
 from compress.run_record import TIME_OF_ALL, TIME_TO_RUN, EstimateRecord
@@ -69,6 +71,7 @@ class _State:
 
     config: Mapping[str, Any]
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # linears of other bits and groups
 
     @property
     def parameters(self) -> int:
@@ -233,8 +236,12 @@ class _Walk:
 
     def _quantization(self, node: Node) -> float:
         before, values = self.model_of(node), node.params.model_dump()
-        self._becomes(node, _State(before.config, values))
-        return 2.0 + self.forward(before.parameters, 4 * values.get("calibration_tokens", 0))
+        params = cast(RtnParams, node.params)
+        layout = choose(before.config, params, where=node.stage.name)
+        others = {path: (spec.stored_bits, spec.group_size) for path, spec in layout.linears.items()}
+        self._becomes(node, _State(before.config, values, others))
+        draws = int(values.get("calibration_draws", 1))
+        return 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
 
     def _export(self, node: Node) -> float:
         self.bundle = self.model_of(node)
@@ -295,7 +302,7 @@ def _fit(bundle: _State, plan: Plan, result: Estimate) -> None:
     """Size and speed of the bundle on the target, and whether it fits."""
     from deploy import sizing  # targets are read when a profile names one
 
-    precision = sizing.Precision.of_params(bundle.quantization)
+    precision = sizing.Precision.of_params(bundle.quantization, bundle.others)
     result.figures["bundle size"] = (float(sizing.bundle_bytes(bundle.config, precision)), "bytes")
     target = plan.facts.target
     if target is None:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.errors import ModelError, TargetError
-from compress.model.shapes import head_size, kv_head_count, layer_shapes, parameter_count
+from compress.model.quantization.layout import stored_as
+from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes, parameter_count
 from deploy.bundle import Bundle
 from deploy.targets import Target
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD_MULTIPLE = 16  # heads are padded to it (deploy.export.heads)
 BLOCKS = (128, 64, 32, 16)
 SCALE_BYTES = 2  # fp16 in the file
@@ -44,10 +44,18 @@ class Precision:
     zero_points: bool = False
     embedding_bits: int = 32
     lm_head_bits: int = 32
+    others: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # linear's path -> its bits and group size
+
+    def of_linear(self, path: str) -> tuple[int, int]:
+        """Return bits and group size of one linear, such as ``model.layers.0.mlp.up_proj``."""
+        return self.others.get(path, (self.bits, self.group_size))
 
     @classmethod
-    def of_params(cls, values: Mapping[str, Any]) -> Precision:
-        """Return the precision that a quantization step of these parameters will give; empty ones: plain fp32."""
+    def of_params(cls, values: Mapping[str, Any], others: Mapping[str, tuple[int, int]] | None = None) -> Precision:
+        """Return the precision that a quantization step of these parameters will give; empty ones: plain fp32.
+
+        ``others`` has the linears that get other bits or groups than ``values`` say.
+        """
         if not values:
             return cls()
         embedding = int(values.get("embedding_bits") or 16)
@@ -58,6 +66,7 @@ class Precision:
             zero_points=not values.get("sym", True),
             embedding_bits=embedding,
             lm_head_bits=int(values.get("lm_head_bits") or embedding),
+            others=others or {},
         )
 
     @classmethod
@@ -71,7 +80,7 @@ class Precision:
         made = folder / "edgestill.json"
         figures = json.loads(made.read_text(encoding="utf-8")).get("figures", {}) if made.is_file() else {}
         values = dict(quantization) | {key: figures.get(key, 16) for key in ("embedding_bits", "lm_head_bits")}
-        return cls.of_params(values)
+        return cls.of_params(values, {path: stored_as(quantization, path) for path in _paths(config)})
 
 
 @dataclass(frozen=True)
@@ -177,21 +186,26 @@ def bundle_bytes(config: Mapping[str, Any], precision: Precision) -> int:
 
 def weight_bytes(config: Mapping[str, Any], precision: Precision) -> tuple[int, int]:
     """Return the bytes of all weights in the file, and those that one decoded token reads from memory."""
-    stored = read = 0
-    for name, shape in layer_shapes(config).items():
-        part = name.split(".")[-2]
-        if part in LINEARS and len(shape) == 2:
-            rows, columns = _padded(config, part), shape[1]
-            matrix = _matrix(rows, columns, precision.bits, precision)
-            stored, read = stored + matrix[0], read + matrix[1]
-        else:
-            stored, read = stored + 4 * math.prod(shape), read + 4 * math.prod(shape)
     layers, hidden, vocab = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    embedding = _matrix(vocab, hidden, precision.embedding_bits, precision)
+    vectors = [
+        math.prod(shape) for name, shape in layer_shapes(config).items() if name[:-7] not in linear_shapes(config)
+    ]
+    stored = read = 4 * layers * sum(vectors)
+    for path, columns in _paths(config).items():
+        bits, group_size = precision.of_linear(path)
+        matrix = _matrix(_padded(config, path.split(".")[-1]), columns, bits, group_size, precision.zero_points)
+        stored, read = stored + matrix[0], read + matrix[1]
+    outer = (precision.group_size, precision.zero_points)
+    embedding = _matrix(vocab, hidden, precision.embedding_bits, *outer)
     tied = bool(config.get("tie_word_embeddings", False))
-    head = embedding if tied else _matrix(vocab, hidden, precision.lm_head_bits, precision)
-    outer = embedding[0] + (0 if tied else head[0]) + 4 * hidden
-    return layers * stored + outer, layers * read + head[1] + 4 * hidden
+    head = embedding if tied else _matrix(vocab, hidden, precision.lm_head_bits, *outer)
+    return stored + embedding[0] + (0 if tied else head[0]) + 4 * hidden, read + head[1] + 4 * hidden
+
+
+def _paths(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the inputs of every linear by its path."""
+    layers, shapes = range(int(config["num_hidden_layers"])), linear_shapes(config)
+    return {f"model.layers.{index}.{name}": columns for index in layers for name, (_, columns) in shapes.items()}
 
 
 def _padded(config: Mapping[str, Any], part: str) -> int:
@@ -208,15 +222,15 @@ def _padded(config: Mapping[str, Any], part: str) -> int:
     }[part]
 
 
-def _matrix(rows: int, columns: int, bits: int, precision: Precision) -> tuple[int, int]:
+def _matrix(rows: int, columns: int, bits: int, group_size: int, zero_points: bool) -> tuple[int, int]:
     """Return the bytes of a matrix in the file, and in memory."""
     if bits >= 16:
         return rows * columns * bits // 8, rows * columns * 4  # computed in fp32
-    wanted = columns if precision.group_size == -1 else precision.group_size
+    wanted = columns if group_size == -1 else group_size
     block = next((size for size in BLOCKS if size <= wanted and columns % size == 0), min(wanted, BLOCKS[0]))
     blocks = -(-columns // block)
     codes = rows * blocks * block * bits // 8
-    zeros = rows * -(-blocks * bits // 8) if precision.zero_points else 0
+    zeros = rows * -(-blocks * bits // 8) if zero_points else 0
     return codes + rows * blocks * SCALE_BYTES + zeros, codes + rows * blocks * HELD_SCALE_BYTES + zeros
 
 

@@ -17,7 +17,8 @@ ALLOWED = {
     "profiles": ("profiles",),
     "deploy": (
         "deploy", "evaluators", *SHARED, "compress.store",
-        "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.shapes",
+        "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.quantization.layout",
+        "compress.model.shapes",
         "compress.yaml_reader", "compress.encoding",
     ),
     "compress.data": (

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from compress.errors import ModelError
 from compress.files import TOKENIZER_FILES
-from compress.model.layers import LINEARS, attention, decoder_layers, embedding, is_tied, linear_path, output_head
+from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
 
@@ -64,8 +64,8 @@ def check_folder(folder: Path) -> None:
     """
     config = read_config(folder)
     for path in _check_tensors(folder, config):
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+        for name in _header(path):
+            with safe_open(str(path), framework="pt") as file:  # anew: what is mapped stays resident until it closes
                 _check_finite(file.get_tensor(name), name, path)
     check_tokenizer(folder, config)
 
@@ -229,10 +229,6 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """Check names and shapes in the files' headers against the config; return the files."""
     expected = tensor_shapes(config)
-    if config.get("quantization_config"):
-        layers = range(int(config["num_hidden_layers"]))
-        packed = {f"{linear_path(index, name)}.weight" for index in layers for name in LINEARS}
-        expected = {name: shape for name, shape in expected.items() if name not in packed}
     paths = weight_files(folder)
     seen: set[str] = set()
     for path in paths:
@@ -240,6 +236,8 @@ def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
             seen.add(name)
             if name in expected and shape != expected[name]:
                 raise ModelError(str(path), f"{name} of shape {shape}", f"{expected[name]} as config.json says")
+    if config.get("quantization_config"):  # a linear is there as codes or, left alone, as weights
+        seen |= {name.removesuffix("qweight") + "weight" for name in seen if name.endswith(".qweight")}
     missing = sorted(expected.keys() - seen)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

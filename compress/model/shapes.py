@@ -80,12 +80,11 @@ def head_size(config: Mapping[str, Any]) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
-def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of one decoder layer, name within the layer -> shape."""
-    name = architecture(config)
+def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the seven linears of one decoder layer, name within the layer -> (outputs, inputs)."""
     hidden, ffn, size = int(config["hidden_size"]), int(config["intermediate_size"]), head_size(config)
     query, value = int(config["num_attention_heads"]) * size, kv_head_count(config) * size
-    linears = {
+    return {
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (value, hidden),
         "self_attn.v_proj": (value, hidden),
@@ -94,6 +93,12 @@ def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
+
+
+def layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of one decoder layer, name within the layer -> shape."""
+    name, linears = architecture(config), linear_shapes(config)
+    hidden, size = int(config["hidden_size"]), head_size(config)
     shapes: dict[str, tuple[int, ...]] = {f"{key}.weight": shape for key, shape in linears.items()}
     for key, (rows, _) in linears.items():
         if _has_bias(config, name, key):

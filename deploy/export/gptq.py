@@ -18,6 +18,7 @@ from safetensors import safe_open
 from compress.errors import ModelError, ParityError
 from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files
 from compress.model.quantization import packing
+from compress.model.quantization.layout import stored_as
 
 CARD = "README.md"
 _COPIED = ("config.json", "generation_config.json")
@@ -61,7 +62,7 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
 
 def read_codes(folder: Path) -> Iterator[tuple[str, packing.QuantizedLinear]]:
     """Yield every quantized linear of a checkpoint by name, in the order of names; one at a time is in memory."""
-    bits = int(read_config(folder)["quantization_config"]["bits"])
+    settings = read_config(folder)["quantization_config"]
     for path in weight_files(folder):
         with safe_open(str(path), framework="pt") as file:
             names = sorted(name for name in file.keys() if name.endswith(".qweight"))  # noqa: SIM118
@@ -69,7 +70,7 @@ def read_codes(folder: Path) -> Iterator[tuple[str, packing.QuantizedLinear]]:
                 prefix = name.removesuffix(".qweight")
                 wanted = (f"{prefix}.{suffix}" for suffix in packing.SUFFIXES)
                 parts = {part: file.get_tensor(part) for part in wanted}
-                yield prefix, packing.read_layer(parts, prefix, bits=bits)
+                yield prefix, packing.read_layer(parts, prefix, bits=stored_as(settings, prefix)[0])
 
 
 def verify(source: Path, folder: Path) -> int:

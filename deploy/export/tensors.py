@@ -17,6 +17,7 @@ from safetensors import safe_open
 from compress.errors import ModelError
 from compress.model.checkpoint import check_folder, read_config, weight_files
 from compress.model.quantization import packing
+from compress.model.quantization.layout import stored_as
 from deploy.export import codes
 from deploy.export.codes import PAD, Array, Coded, Index
 
@@ -83,7 +84,8 @@ class Tensors:
         quantization = self.config.get("quantization_config")
         if quantization:
             packing.check_quantization_config(quantization, where=str(folder / "config.json"))
-        self.bits = int(quantization["bits"]) if quantization else None
+        self.quantization = quantization
+        self.bits = int(quantization["bits"]) if quantization else None  # of most linears
         self.files: dict[str, Path] = {}
         self.taken: set[str] = set()
         for path in weight_files(folder):
@@ -116,7 +118,10 @@ class Tensors:
         if f"{prefix}.qweight" not in self.files:
             return Matrix(weight=self.vector(f"{prefix}.weight"), bias=bias)
         parts = {f"{prefix}.{suffix}": self._read(f"{prefix}.{suffix}") for suffix in packing.SUFFIXES}
-        return Matrix(coded=_coded(packing.read_layer(parts, prefix, bits=self.bits), self.bits or 4), bias=bias)
+        if not self.quantization:
+            raise ModelError(str(self.folder), f"codes of {prefix}", "no codes, as config.json has no word on them")
+        bits, _ = stored_as(self.quantization, prefix)
+        return Matrix(coded=_coded(packing.read_layer(parts, prefix, bits=bits), bits), bias=bias)
 
     def embedding(self) -> Matrix:
         """Return the embedding (vocabulary, hidden)."""

@@ -89,6 +89,19 @@ def test_other_widths_and_whole_row_groups_are_exact(plain: Path, tmp_path: Path
     assert_same(source, tmp_path / "onnx")
 
 
+MIXED = [
+    {"overrides": [{"pattern": "*.down_proj", "bits": 8}, {"pattern": "model.layers.1.*", "bits": 2}]},
+    {"overrides": [{"pattern": "*.v_proj", "bits": 8, "group_size": 16}], "ignore": ["model.layers.1.mlp.*"]},
+]
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_linears_of_different_bits_are_exact(plain: Path, tmp_path: Path, mixed: dict[str, Any]) -> None:
+    source = rounded(plain, tmp_path / "codes", **mixed)
+    exported(source, tmp_path / "onnx")
+    assert_same(source, tmp_path / "onnx")
+
+
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
 def test_scaled_rotary_embeddings_are_torchs(plain: Path, tmp_path: Path, rope: dict[str, Any]) -> None:
     source = tmp_path / "model"

@@ -9,6 +9,7 @@ import pytest
 
 from compress.errors import TargetError
 from compress.model.checkpoint import read_config
+from compress.model.quantization.params import RtnParams
 from deploy import sizing
 from deploy.bundle import bundle_bytes, open_bundle
 from deploy.export.onnx import OnnxOptions, write_onnx
@@ -29,12 +30,34 @@ SMOLLM2 = {  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/confi
 def test_the_estimate_is_within_five_percent_of_the_bundle(quantized: Path, bundle: Path) -> None:
     config = read_config(quantized)
     precision = Precision.of_checkpoint(quantized, config)
-    assert precision == Precision(bits=4, group_size=32, embedding_bits=8, lm_head_bits=8)
+    assert precision == Precision(
+        bits=4, group_size=32, embedding_bits=8, lm_head_bits=8, others=dict.fromkeys(precision.others, (4, 32))
+    )
     assert sizing.bundle_bytes(config, precision) == pytest.approx(bundle_bytes(bundle), rel=0.05)
     found = sizing.estimate(config, precision, PI)
     assert found.read_per_token_bytes == pytest.approx(
         open_bundle(bundle).info["onnx"]["read_per_token_bytes"], rel=0.05
     )
+
+
+def test_other_bits_for_some_linears_are_counted(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 256, "layers": 4}
+    plain = tiny_checkpoint(tmp_path / "plain", **shape)
+    mixed = RtnParams.model_validate(
+        {
+            "ignore": ["model.layers.0.*"],
+            "overrides": [{"pattern": "*.down_proj", "bits": 8}, {"pattern": "model.layers.3.*", "bits": 2}],
+        }
+    )
+    source = rounded(plain, tmp_path / "codes", **mixed.model_dump())
+    (tmp_path / "out").mkdir()
+    report = write_onnx(source, tmp_path / "out", options=OnnxOptions())
+    write_tokenizer(source, tmp_path / "out")
+    precision = Precision.of_checkpoint(source, read_config(source))
+    assert {bits for bits, _ in precision.others.values()} == {2, 4, 8, 16}
+    stored, read = sizing.weight_bytes(read_config(source), precision)
+    assert stored == pytest.approx((tmp_path / "out" / "model.onnx").stat().st_size, rel=0.05)
+    assert read == pytest.approx(report.read_per_token_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def rounded(source: Path, out: Path, **params: Any) -> Path:
     """Round ``source`` to nearest into ``out`` with the stage's own code."""
     from compress.model.quantization.gptq_stage import round_to_nearest
 
-    round_to_nearest(RtnParams(**params), context("model.quantization.rtn", out, inputs={"model": source}))
+    round_to_nearest(RtnParams.model_validate(params), context("model.quantization.rtn", out, inputs={"model": source}))
     return out
 
 

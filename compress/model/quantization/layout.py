@@ -1,4 +1,4 @@
-"""What is quantized how: the group size that fits a model, zero-padding of its feed-forward width, what it weighs.
+"""What is quantized how: bits and group size of every linear, zero-padding of the feed-forward width.
 
 `choose` reads a config and the parameters and gives a `Layout`; `quantization_config` is what it writes into the
 checkpoint. Works on the dict of ``config.json``; knows nothing of weights and imports no torch.
@@ -6,13 +6,31 @@ checkpoint. Works on the dict of ``config.json``; knows nothing of weights and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import ModelError
 from compress.model.quantization.params import GROUP_SIZES, GptqParams, RtnParams
-from compress.model.shapes import head_size
+from compress.model.shapes import head_size, linear_shapes
+
+PLAIN = 16  # bits of a linear that is left alone
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one linear is quantized: ``bits`` of its grid (16: not at all), ``group_size`` (-1: a row), ``sym``."""
+
+    bits: int
+    group_size: int
+    sym: bool
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code in the checkpoint: 4 for 3, which no runtime has an operator for."""
+        return 4 if self.bits == 3 else self.bits
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,7 @@ class Layout:
         embedding_bits: 16 means fp16, not quantized.
         lm_head_bits: the same; equal to ``embedding_bits`` when tied.
         tied: whether the head is the embedding.
+        linears: the specification of each linear by its path, such as ``model.layers.0.mlp.up_proj``.
         notes: what gave way, for the user.
     """
 
@@ -37,6 +56,7 @@ class Layout:
     embedding_bits: int
     lm_head_bits: int
     tied: bool
+    linears: Mapping[str, LinearSpec]
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,18 +72,67 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
             "Leave lm_head_bits out",
         )
     group_size, ffn, notes = fit_group_size(config, params.group_size)
-    if params.bits == 3:
+    common = LinearSpec(params.bits, group_size, params.sym)
+    linears, more = _specs(dict(config) | {"intermediate_size": ffn}, params, common, where=where)
+    notes += more
+    if any(spec.bits == 3 for spec in linears.values()):
         notes.append("3-bit codes are stored in 4 bits: no runtime here has a 3-bit operator, so no bytes are saved")
     return Layout(
         bits=params.bits,
-        stored_bits=4 if params.bits == 3 else params.bits,
+        stored_bits=common.stored_bits,
         group_size=group_size,
         ffn=ffn,
         embedding_bits=params.embedding_bits,
         lm_head_bits=head_bits,
         tied=tied,
+        linears=linears,
         notes=notes,
     )
+
+
+def _specs(
+    config: Mapping[str, Any], params: RtnParams, common: LinearSpec, *, where: str
+) -> tuple[dict[str, LinearSpec], list[str]]:
+    """Return the specification of every linear, and notes; ModelError for a pattern that fits none."""
+    shapes = {
+        f"model.layers.{index}.{name}": shape
+        for index in range(int(config["num_hidden_layers"]))
+        for name, shape in linear_shapes(config).items()
+    }
+    patterns = [("ignore", text) for text in params.ignore] + [("overrides", o.pattern) for o in params.overrides]
+    for key, text in patterns:
+        if not any(fnmatchcase(path, text) for path in shapes):
+            raise ModelError(
+                f"{where}.{key}",
+                f"the pattern {text!r} fits no linear",
+                "a pattern of paths",
+                f"Like {next(iter(shapes))}",
+            )
+    specs, fallen = {}, set()
+    for path, (_, inputs) in shapes.items():
+        if any(fnmatchcase(path, text) for text in params.ignore):
+            specs[path] = replace(common, bits=PLAIN)
+            continue
+        found = next((o for o in params.overrides if fnmatchcase(path, o.pattern)), None)
+        spec = common if found is None or found.bits is None else replace(common, bits=found.bits)
+        if found is not None and found.group_size is not None:
+            size = _fitting(inputs, found.group_size)
+            if size is None:
+                fallen.add((found.pattern, found.group_size))
+            spec = spec if size is None else replace(spec, group_size=size)
+        specs[path] = spec
+    notes = [
+        f"group_size {size} of {text} divides not all inputs there; where it does not, {common.group_size} is used"
+        for text, size in sorted(fallen)
+    ]
+    return specs, notes
+
+
+def _fitting(inputs: int, wanted: int) -> int | None:
+    """Return the largest group size up to ``wanted`` that divides ``inputs``; None where there is none."""
+    if wanted == -1:
+        return -1
+    return next((size for size in GROUP_SIZES if size <= wanted and inputs % size == 0), None)
 
 
 def fit_group_size(config: Mapping[str, Any], wanted: int) -> tuple[int, int, list[str]]:
@@ -113,6 +182,7 @@ def _fallen(wanted: int, size: int, hidden: int, attention: int, ffn: int) -> st
 def quantization_config(layout: Layout, params: RtnParams) -> dict[str, Any]:
     """Return the ``quantization_config`` of a "gptq" checkpoint, with the names that AutoGPTQ gave them."""
     gptq = params if isinstance(params, GptqParams) else None
+    dynamic = _dynamic(layout)
     free_order = gptq is not None and gptq.act_order and not gptq.keep_groups
     return {
         "quant_method": "gptq",
@@ -125,4 +195,47 @@ def quantization_config(layout: Layout, params: RtnParams) -> dict[str, Any]:
         "true_sequential": gptq.true_sequential if gptq is not None else False,
         "static_groups": False,
         "lm_head": False,
-    }
+    } | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _dynamic(layout: Layout) -> dict[str, dict[str, Any]]:
+    """Return GPTQModel's ``dynamic``: what differs from the common settings, by exact expressions of paths."""
+    classes: dict[tuple[int, int], list[str]] = {}
+    for path, spec in layout.linears.items():
+        if (spec.stored_bits, spec.group_size) != (layout.stored_bits, layout.group_size):
+            classes.setdefault((spec.stored_bits, spec.group_size), []).append(path)
+    entries: dict[str, dict[str, Any]] = {}
+    for (bits, group_size), paths in sorted(classes.items()):
+        exact = f"^(?:{_alternatives(paths)})$"
+        changed = {"bits": bits, "group_size": group_size}
+        entries[f"-:{exact}" if bits == PLAIN else f"+:{exact}"] = {} if bits == PLAIN else changed
+    return entries
+
+
+def _alternatives(paths: Sequence[str]) -> str:
+    """Return an expression for exactly these paths: layers of the same parts are written together."""
+    parts: dict[str, list[str]] = {}
+    for path in paths:
+        _, _, layer, part = path.split(".", 3)
+        parts.setdefault(layer, []).append(part)
+    layers: dict[tuple[str, ...], list[str]] = {}
+    for layer, found in parts.items():
+        layers.setdefault(tuple(found), []).append(layer)
+    return "|".join(
+        rf"model\.layers\.(?:{'|'.join(which)})\.(?:{'|'.join(re.escape(part) for part in found)})"
+        for found, which in layers.items()
+    )
+
+
+def stored_as(config: Mapping[str, Any], path: str) -> tuple[int, int]:
+    """Return bits and group size of the linear ``path`` as a ``quantization_config`` says; 16 bits: not quantized.
+
+    The first exception of ``dynamic`` whose expression fits counts, as in GPTQModel.
+    """
+    bits, group_size = int(config["bits"]), int(config.get("group_size", -1))
+    for text, entry in (config.get("dynamic") or {}).items():
+        if re.match(text.removeprefix("+:").removeprefix("-:"), path):
+            if text.startswith("-:"):
+                return PLAIN, group_size
+            return int(entry.get("bits", bits)), int(entry.get("group_size", group_size))
+    return bits, group_size

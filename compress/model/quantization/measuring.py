@@ -6,19 +6,22 @@ of one stream without a second model in memory. Knows nothing of how codes are c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from compress.model.calibration import Batch
 from compress.model.quantization.blocks import BlockStream
 from compress.model.quantization.layout import Layout
-from compress.model.quantization.params import RtnParams
 from compress.model.shapes import parameter_count
 
 _CHUNK = 512  # positions whose logits are held at once
+_BITS = {"F32": 32, "F16": 16, "BF16": 16, "I32": 32, "U8": 8}  # of the types that the parts hold
 
 
 class Check:
@@ -64,36 +67,66 @@ class Check:
         return {"loss_before": mean[0], "loss": mean[1], "kl": mean[2], "checked_tokens": count}
 
 
+@torch.no_grad()
+def mean_divergence(
+    norm: nn.Module,
+    given: Sequence[Batch],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    head: torch.Tensor,
+) -> float:
+    """Return the mean KL (nats per target token) between two ways through the same layers, one ``head`` (V, hidden).
+
+    ``before`` and ``after`` hold the last hidden states (B, T, hidden) of each batch.
+    """
+    total, count = 0.0, 0
+    for batch, old, new in zip(given, before, after, strict=True):
+        targets = batch.answer[:, 1:].bool()
+        pair = [norm(states)[:, :-1][targets] for states in (old, new)]
+        for at in range(0, len(pair[0]), _CHUNK):
+            p, q = ((states[at : at + _CHUNK] @ head.T).log_softmax(-1) for states in pair)
+            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        count += len(pair[0])
+    return total / max(count, 1)
+
+
 def bits_per_weight(
-    tensors: Mapping[str, torch.Tensor],
+    parts: Sequence[Path],
     codes: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
-    params: RtnParams,
     layout: Layout,
+    *,
+    sym: bool,
 ) -> dict[str, float]:
     """Return ``bits_per_weight`` of the linears and ``bits_per_weight_model`` over all parameters.
 
     Counted is what a runtime must keep: codes, scales, zero points where they are not all the same, the index of
-    freely ordered groups; embedding and head as their codes and scales or fp16; norms and biases as stored.
+    freely ordered groups; linears left alone as fp16; embedding and head as their codes and scales or fp16; norms and
+    biases as stored. ``parts`` are the files of the checkpoint's tensors, ``codes`` those of embedding and head.
     """
     linear_bits = linear_weights = other_bits = 0
-    fixed_order = all(_ordered(tensors[name]) for name in tensors if name.endswith(".g_idx"))
-    skipped = ({".qzeros"} if params.sym else set()) | ({".g_idx"} if fixed_order else set())
     outer = {"embedding": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
     replaced = {name for prefix, name in outer.items() if f"{prefix}.codes" in codes}
-    for name, tensor in tensors.items():
-        suffix = name[name.rindex(".") :]
-        size = tensor.numel() * tensor.element_size() * 8
-        if suffix in {".qweight", ".qzeros", ".scales", ".g_idx"}:
-            linear_bits += 0 if suffix in skipped else size
-            linear_weights += tensor.numel() * 32 // layout.stored_bits if suffix == ".qweight" else 0
-        elif name not in replaced:
-            other_bits += size
+    weights = {f"{path}.weight" for path in layout.linears}
+    for part in parts:
+        with safe_open(str(part), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a file, not a mapping
+                path, _, suffix = name.rpartition(".")
+                whole = file.get_slice(name)
+                size = math.prod(whole.get_shape()) * _BITS[whole.get_dtype()]
+                if suffix in {"qweight", "qzeros", "scales", "g_idx"}:
+                    dropped = (suffix == "qzeros" and sym) or (suffix == "g_idx" and _ordered(file.get_tensor(name)))
+                    linear_bits += 0 if dropped else size
+                    linear_weights += size // layout.linears[path].stored_bits if suffix == "qweight" else 0
+                elif name in weights:
+                    linear_bits, linear_weights = linear_bits + size, linear_weights + size // 16
+                elif name not in replaced:
+                    other_bits += size
     for name, tensor in codes.items():
         prefix, _, kind = name.partition(".")
         width = layout.embedding_bits if prefix == "embedding" else layout.lm_head_bits
         if kind in {"codes", "zero_points"}:
-            other_bits += 0 if kind == "zero_points" and params.sym else tensor.numel() * width
+            other_bits += 0 if kind == "zero_points" and sym else tensor.numel() * width
         elif kind == "scales":
             other_bits += tensor.numel() * 16
     return {

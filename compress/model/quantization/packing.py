@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from compress.errors import ModelError
+from compress.model.quantization.layout import stored_as
 
 WIDTHS = (2, 3, 4, 8)
 _PERIOD = 32  # so many codes fill a whole number of 32-bit words, whatever their width
@@ -161,8 +162,10 @@ def check_quantization_config(config: Mapping[str, Any], *, where: str = "config
             "'gptq' (stored zero = zero point - 1)",
             "Save it again in the format 'gptq'; read as such, this one gives garbage",
         )
-    if config.get("bits") not in WIDTHS:
-        raise ModelError(where, f"bits {config.get('bits')!r}", f"one of {WIDTHS}")
+    changed = (config.get("dynamic") or {}).values()
+    for bits in (config.get("bits"), *(entry["bits"] for entry in changed if "bits" in entry)):
+        if bits not in WIDTHS:
+            raise ModelError(where, f"bits {bits!r}", f"one of {WIDTHS}")
 
 
 def dequantize_checkpoint(
@@ -173,11 +176,11 @@ def dequantize_checkpoint(
     Raises ModelError for another format than "gptq" or tensors that do not belong together.
     """
     check_quantization_config(quantization_config)
-    bits = int(quantization_config["bits"])
     prefixes = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
     packed = {f"{prefix}.{suffix}" for prefix in prefixes for suffix in SUFFIXES}
     plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    return plain | {f"{prefix}.weight": dequantize(*read_layer(tensors, prefix, bits=bits)) for prefix in prefixes}
+    bits = {prefix: stored_as(quantization_config, prefix)[0] for prefix in prefixes}
+    return plain | {f"{prefix}.weight": dequantize(*read_layer(tensors, prefix, bits=bits[prefix])) for prefix in bits}
 
 
 def _check_width(bits: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,33 +23,51 @@ from compress.errors import DataError, ModelError
 from compress.model.calibration import Batch
 from compress.model.checkpoint import check_folder, load_model, parameter_count, read_config
 from compress.model.layers import decoder_layers, embedding, linears, output_head
-from compress.model.quantization import gptq_stage
+from compress.model.quantization import gptq_stage, streaming
 from compress.model.quantization.blocks import EMBEDDING, BlockStream
 from compress.model.quantization.gptq import gptq_quantize
 from compress.model.quantization.hessians import position_weights, second_moment
-from compress.model.quantization.layout import choose, fit_group_size
+from compress.model.quantization.layout import choose, fit_group_size, stored_as
 from compress.model.quantization.packing import dequantize, read_layer
 from compress.model.quantization.params import GptqParams, RtnParams
 from compress.model.quantization.rtn import round_to_nearest
+from compress.model.quantization.streaming import calibration_rows, open_job
 from compress.model.quantization.writing import OUTER_FILE
+from compress.model.shapes import layer_shapes
 from compress.progress import Progress
 from tests.tiny import ARCHITECTURES, tiny_checkpoint, tiny_conversations
 
 QUICK: dict[str, Any] = {"clip_steps": 4, "calibration_tokens": 1500}
+ONCE = QUICK | {"calibration_draws": 1}
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from compress.model.quantization import gptq_stage
+from compress.model.quantization import gptq_stage, writing
 from tests.model.quantization.test_stage import context, GptqParams, QUICK
-save, seen = gptq_stage.save_tensors, []
+save, seen = writing.save_tensors, []
 def save_then_die(tensors, path, **rest):
     if len(seen) == 1:  # the second layer: its file is half written when the process dies
         Path(str(path) + ".partial").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     seen.append(path)
     save(tensors, path, **rest)
-gptq_stage.save_tensors = save_then_die
+writing.save_tensors = save_then_die
 gptq_stage.quantize(GptqParams(**QUICK), context(Path(sys.argv[1]), Path(sys.argv[2]), out="killed"))
+"""
+
+# prints by how many bytes the resident set rose at most while the stage ran
+PEAK = """
+import sys
+from pathlib import Path
+import psutil
+from compress.metering import Meter
+from compress.model.quantization import gptq_stage
+from tests.model.quantization.test_stage import context, GptqParams, ONCE
+ctx = context(Path(sys.argv[1]), Path(sys.argv[2]), out=sys.argv[3])
+before = psutil.Process().memory_info().rss
+with Meter() as meter:
+    gptq_stage.quantize(GptqParams(**(ONCE | {'clip_steps': 0})), ctx)
+print(meter.peak_memory_bytes - before)
 """
 
 
@@ -130,13 +151,10 @@ def test_streaming_computes_what_the_model_computes(arch: str, tmp_path: Path) -
 def test_each_linear_sees_the_inputs_that_it_should(sequential: bool, tmp_path: Path) -> None:
     """The whole stage again by hand: hooks on a whole model, quantized linear by linear."""
     source = tiny_checkpoint(tmp_path / "model", layers=2)
-    params = GptqParams(**QUICK, true_sequential=sequential, embedding_bits=16, prompt_weight=0.3)
-    seen: list[list[Batch]] = []
-    original = gptq_stage.batches
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_stage, "batches", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
-        gptq_stage.quantize(params, context(tmp_path, source))
-    drawn = seen[0]
+    params = GptqParams(**ONCE, true_sequential=sequential, embedding_bits=16, prompt_weight=0.3)
+    ctx = context(tmp_path, source)
+    gptq_stage.quantize(params, ctx)
+    drawn = calibration_rows(open_job(params, ctx), params).draws[0]
     model = load_model(source).requires_grad_(False)
     embedding(model).weight.data = embedding(model).weight.half().float()
     weights = [position_weights(batch, prompt_weight=0.3) for batch in drawn]
@@ -262,12 +280,13 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(source)]
     ended = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, check=False)
     assert ended.returncode == -9, ended.stderr.decode()
-    kept = sorted(path.name for path in (tmp_path / "killed-work").iterdir())
+    work = tmp_path / "killed-work" / "draw-0"
+    kept = sorted(path.name for path in work.iterdir())
     assert kept == ["layer-0000.safetensors", "layer-0001.safetensors.partial"]
     assert not any((tmp_path / "killed").iterdir())
-    stamp = (tmp_path / "killed-work" / kept[0]).stat().st_mtime_ns
+    stamp = (work / kept[0]).stat().st_mtime_ns
     resumed = quantize(tmp_path, source, out="killed")
-    assert (tmp_path / "killed-work" / kept[0]).stat().st_mtime_ns == stamp  # not done again
+    assert (work / kept[0]).stat().st_mtime_ns == stamp  # not done again
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
     for name in names:
@@ -291,9 +310,101 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
         return layer
 
     monkeypatch.setattr(BlockStream, "layer", counted)
-    quantize(tmp_path, source)
+    quantize(tmp_path, source, calibration_draws=1)
     assert len(counts) == 4
     assert max(counts) <= 1  # the one just finished may still be there when the next is read
+
+
+def test_draws_are_disjoint_and_the_better_one_is_kept(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    talks = tiny_conversations(700, seed=3)
+    write_rows(tmp_path / "data", [chat_row(f"{i} {t[0]['content']}", t[1]["content"]) for i, t in enumerate(talks)])
+    ctx = context(tmp_path, source)
+    params = GptqParams(**QUICK, bits=3, calibration_draws=3)
+    rows = calibration_rows(open_job(params, ctx), params)
+    sets = [{tuple(ids) for batch in part for ids in batch.input_ids.tolist()} for part in rows.draws]
+    assert len(sets) == 3
+    assert len(sets[0] | sets[1] | sets[2]) == sum(map(len, sets))
+    found = gptq_stage.quantize(params, ctx)
+    calibration = found.metrics["calibration"]
+    assert calibration["draws"] == 3 == len(set(calibration["kl"]))
+    assert found.metrics["kl"] == min(calibration["kl"])
+    assert any("divergence with 3 draws" in note for note in found.notes)
+    for number, value in enumerate(calibration["kl"]):  # each draw is what it would be alone
+        alone = streaming.run(
+            open_job(params, context(tmp_path, source, out=f"alone-{number}")),
+            lambda step: gptq_stage.solve(step, params),
+            rows._replace(draws=[rows.draws[number]]),
+            prompt_weight=params.prompt_weight,
+        )
+        assert alone.metrics["kl"] == value
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_patterns_give_some_linears_other_bits_or_none(method: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", layers=2, tied=False)
+    plain = load_model(source)
+    shared: dict[str, Any] = {
+        "bits": 4,
+        "group_size": 32,
+        "ignore": ["model.layers.1.*.k_proj"],
+        "overrides": [
+            {"pattern": "*.down_proj", "bits": 8, "group_size": 16},
+            {"pattern": "model.layers.0.*", "bits": 2},
+        ],
+    }
+    ctx = context(tmp_path, source)
+    if method == "gptq":
+        result = gptq_stage.quantize(GptqParams.model_validate(ONCE | shared), ctx)
+    else:
+        result = gptq_stage.round_to_nearest(RtnParams.model_validate(shared), ctx)
+    check_folder(ctx.out)
+    settings = read_config(ctx.out)["quantization_config"]
+    tensors = load_file(ctx.out / "model.safetensors")
+    expected = {"layers.0.self_attn.q_proj": 2, "layers.1.self_attn.q_proj": 4, "layers.0.mlp.down_proj": 8}
+    for path, bits in expected.items():
+        assert stored_as(settings, f"model.{path}")[0] == bits
+        codes = read_layer(tensors, f"model.{path}", bits=bits).codes
+        assert int(codes.max()) == (1 << bits) - 1
+    assert "model.layers.1.self_attn.k_proj.qweight" not in tensors
+    assert any(
+        text.startswith("-:") and re.match(text[2:], "model.layers.1.self_attn.k_proj") for text in settings["dynamic"]
+    )
+    assert stored_as(settings, "model.layers.1.self_attn.k_proj")[0] == 16
+    assert tensors["model.layers.0.mlp.down_proj.scales"].shape[0] == 64 // 16
+    model = load_model(ctx.out)
+    kept = decoder_layers(model)[1].self_attn.k_proj.weight
+    assert torch.equal(kept, decoder_layers(plain)[1].self_attn.k_proj.weight.half().float())
+    hidden, ffn = 32 * 32, 32 * 64
+    layer = 2 * hidden + 2 * hidden // 2
+    weights = {2: layer + 2 * ffn, 4: layer - hidden // 2 + 2 * ffn, 8: 2 * ffn, 16: hidden // 2}
+    stored = {2: 2.5, 4: 4.5, 8: 9, 16: 16}
+    average = sum(count * stored[bits] for bits, count in weights.items()) / sum(weights.values())
+    assert result.metrics["bits_per_weight"] == pytest.approx(average)
+
+
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    params = RtnParams.model_validate({"overrides": [{"pattern": "*.dwon_proj", "bits": 8}]})
+    with pytest.raises(ModelError, match=r"overrides.*'\*\.dwon_proj' fits no linear"):
+        choose(read_config(source), params, where="steps[2].model.quantization")
+
+
+def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """Many blocks of one size: what is allocated at the peak is one block and its activations, not the model."""
+    peaks = []
+    context(tmp_path, tmp_path)  # the rows, so that neither process writes them
+    for layers in (2, 18):
+        source = tiny_checkpoint(tmp_path / f"model-{layers}", layers=layers, hidden=256, ffn=512)
+        command = [sys.executable, "-c", PEAK, str(tmp_path), str(source), f"out-{layers}"]
+        # what is freed goes back to the system at once: measured is what is held, not what the allocator keeps
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
+        root = Path(__file__).parents[3]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, check=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    block = sum(4 * math.prod(shape) for shape in layer_shapes(read_config(source)).values())
+    assert peaks[1] - peaks[0] < 4 * block  # of sixteen more blocks
 
 
 def test_a_stored_head_beside_a_tied_config_counts_where_it_differs(tmp_path: Path) -> None:

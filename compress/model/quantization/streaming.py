@@ -1,0 +1,344 @@
+"""Quantizing a model one decoder layer at a time: the frame that every weight-only quantizer fills with its maths.
+
+`open_job` checks a checkpoint and lays out its bits. `run` takes the hidden states of calibration rows through the
+layers; what the quantized layer puts out feeds the next. A `Solver` turns the linears of one step, which share their
+inputs, into codes; a `Prepare` may change a layer before that. Peak memory is one layer, its second moments and the
+hidden states. Each finished layer lies in ``ctx.work`` and is not done again after a kill. `finish` writes the folder.
+Knows nothing of how codes are chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from compress.context import StageContext, StageResult
+from compress.encoding import load_tokenizer, token_rows
+from compress.errors import ModelError
+from compress.model.calibration import Batch, TokenIds, padded, sample
+from compress.model.checkpoint import check_folder, parameter_count, read_config
+from compress.model.layers import linear_path, linears
+from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
+from compress.model.quantization.hessians import position_weights, second_moment
+from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose
+from compress.model.quantization.measuring import Check, bits_per_weight
+from compress.model.quantization.packing import QuantizedLinear, dequantize
+from compress.model.quantization.params import GptqParams, RtnParams
+from compress.model.quantization.rtn import round_to_nearest
+from compress.model.quantization.writing import OUTER_FILE, Parts, Report, outer_tensors, save_tensors, write_folder
+
+CHECK_TOKENS = 8192  # tokens on which loss and divergence of the result are measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint that is to be quantized."""
+
+    params: RtnParams
+    ctx: StageContext
+    stream: BlockStream
+    layout: Layout
+
+    def parts(self, name: str) -> Parts:
+        """Where the finished layers of the pass ``name`` lie."""
+        return Parts(self.ctx.work / name, self.layout)
+
+
+class Step(NamedTuple):
+    """Linears that share their inputs, by path: weights (out, in) fp32, how each is quantized, E[x x'] (in, in)."""
+
+    weights: Mapping[str, torch.Tensor]
+    specs: Mapping[str, LinearSpec]
+    moment: torch.Tensor
+
+
+class Solved(NamedTuple):
+    """The codes of one linear, and what the solver says of it (JSON values)."""
+
+    layer: QuantizedLinear
+    report: Report
+
+
+Solver = Callable[[Step], Mapping[str, Solved]]
+# (layer, hidden states, position weights): changes the layer in place; its outputs in full precision must stay
+Prepare = Callable[[nn.Module, BlockStream, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+
+
+class Rows(NamedTuple):
+    """Batches of calibration, one list per draw, and those on which the result is checked."""
+
+    draws: list[list[Batch]]
+    check: list[Batch]
+
+
+def open_job(params: RtnParams, ctx: StageContext) -> Job:
+    """Check the checkpoint in slot ``model`` and lay it out.
+
+    Raises ModelError for an unusable or already quantized checkpoint, and for patterns that fit nothing.
+    """
+    torch.set_num_threads(ctx.threads)
+    source = ctx.inputs["model"]
+    config = read_config(source)
+    if config.get("quantization_config"):
+        raise ModelError(str(source), "a quantized checkpoint", "plain weights", "Start from the model before it")
+    check_folder(source)
+    _settle_tie(source, config)
+    layout = choose(config, params, where=ctx.name)
+    for note in layout.notes:
+        ctx.progress.say(f"{ctx.name}: {note}")
+    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout)
+
+
+def _settle_tie(source: Path, config: dict[str, Any]) -> None:
+    """Make the config's word on tying true: a head stored beside a tied config counts where it differs."""
+    files = tensor_files(source)
+    if config.get("tie_word_embeddings") and HEAD in files:
+        both = [read_tensor(files[name], name) for name in (EMBEDDING, HEAD)]
+        config["tie_word_embeddings"] = torch.equal(*both)
+
+
+def calibration_rows(job: Job, params: GptqParams) -> Rows:
+    """Read rows of slot ``data``: up to ``calibration_draws`` disjoint draws, and check rows that no draw holds.
+
+    Where the rows are too few for that, there is one draw, and the check may share rows with it. Raises DataError
+    when no row is left.
+    """
+    tokenizer = load_tokenizer(job.stream.folder)
+    most = job.stream.longest(params.max_tokens)
+    rows = token_rows(job.ctx.inputs["data"], tokenizer, max_tokens=most, truncate=True)
+    pad = next((i for i in (tokenizer.pad_token_id, job.stream.config.get("pad_token_id")) if i is not None), 0)
+
+    def batched(drawn: list[TokenIds]) -> list[Batch]:
+        drawn.sort(key=lambda row: len(row.ids))  # rows of one length share a batch
+        size = params.batch_size
+        return [padded(drawn[i : i + size], pad_id=int(pad)) for i in range(0, len(drawn), size)]
+
+    seed = job.ctx.seed
+    check = sample(rows, tokens=CHECK_TOKENS, seed=seed + 1)
+    taken = {id(row) for row in check}
+    rest = [row for row in rows if id(row) not in taken]
+    if sum(len(row.ids) for row in rest) < min(params.calibration_tokens, CHECK_TOKENS):
+        rest = list(rows)
+    draws: list[list[Batch]] = []
+    for _ in range(params.calibration_draws):
+        drawn = sample(rest, tokens=params.calibration_tokens, seed=seed)
+        if draws and sum(len(row.ids) for row in drawn) < params.calibration_tokens:
+            break
+        taken = {id(row) for row in drawn}
+        rest = [row for row in rest if id(row) not in taken]
+        draws.append(batched(drawn))
+    return Rows(draws, batched(check))
+
+
+def run(job: Job, solver: Solver, rows: Rows, *, prompt_weight: float, prepare: Prepare | None = None) -> StageResult:
+    """Quantize once per draw of calibration rows and write the result of least divergence on the check rows."""
+    measured = []
+    for number, drawn in enumerate(rows.draws):
+        work = _Pass(job, solver, prepare, drawn, prompt_weight, job.parts(f"draw-{number}"))
+        measured.append(work.run(Check(job.stream, rows.check), label=f"draw {number + 1} of {len(rows.draws)}"))
+    divergences = [found["kl"] for found in measured]
+    best = min(range(len(measured)), key=divergences.__getitem__)
+    figures = measured[best] | {"calibration": {"draws": len(measured), "kept": best, "kl": divergences}}
+    return finish(job, job.parts(f"draw-{best}"), figures)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One way through the layers with one draw of rows."""
+
+    job: Job
+    solver: Solver
+    prepare: Prepare | None
+    drawn: Sequence[Batch]
+    prompt_weight: float
+    parts: Parts
+
+    def run(self, check: Check, *, label: str) -> dict[str, Any]:
+        """Do the layers that are missing, then embedding and head; return what the check measured."""
+        done = self.parts.folder / "measured.json"
+        if done.is_file():
+            found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            return found
+        stream, layout = self.job.stream, self.job.layout
+        plain = stream.tensor(EMBEDDING)
+        outer = {EMBEDDING: outer_codes(plain, self.job, layout.embedding_bits)}
+        embedding = outer_values(outer[EMBEDDING], plain)
+        hidden = [nn.functional.embedding(batch.input_ids, embedding) for batch in self.drawn]
+        weights = [position_weights(batch, prompt_weight=self.prompt_weight) for batch in self.drawn]
+        check.begin(plain, embedding)
+        with self.job.ctx.progress.bar(f"layers quantized, {label}", stream.count) as bar:
+            for index in range(stream.count):
+                layer = stream.layer(index)
+                check.plain(layer)
+                self.block(index, layer, hidden, weights)
+                check.quantized(layer)
+                bar.advance()
+        reports: list[Report] = []
+        if not layout.tied:
+            plain = stream.tensor(HEAD)
+            outer[HEAD], reports = self.head(plain, hidden, weights)
+        head = embedding if layout.tied else outer_values(outer[HEAD], plain)
+        self.parts.save_outer(outer, reports)
+        found = check.end(plain, head)
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, done)
+        return found
+
+    def block(self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+        """Quantize one layer, or take over what an earlier run left, and take ``hidden`` through it.
+
+        ``layer`` then has the quantized weights.
+        """
+        if self.parts.has(index):
+            self.parts.load(index, layer)
+            self.advance(layer, hidden)
+            return
+        if self.prepare is not None:
+            self.prepare(layer, self.job.stream, hidden, weights)
+        done, reports = self.linears(index, layer, hidden, weights)
+        self.parts.save(index, layer, done, reports)
+
+    def advance(self, layer: nn.Module, hidden: list[torch.Tensor]) -> None:
+        """Take ``hidden`` through ``layer`` in place, one batch after the other."""
+        for i, values in enumerate(hidden):
+            hidden[i] = self.job.stream.run(layer, values)
+
+    def linears(
+        self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, QuantizedLinear], list[Report]]:
+        """Quantize the seven linears: each step on what the quantized steps before it put out, or all at once."""
+        done: dict[str, QuantizedLinear] = {}
+        reports: list[Report] = []
+
+        def replace(names: Sequence[str], moment: torch.Tensor) -> None:
+            for name, solved in self.solve(index, layer, names, moment).items():
+                done[name] = solved.layer
+                linears(layer)[name].weight.data = dequantize(*solved.layer)
+                reports.append(solved.report)
+
+        if not isinstance(self.job.params, GptqParams) or self.job.params.true_sequential:
+            for names, inputs in self.job.stream.walk(layer, hidden):
+                replace(names, second_moment(inputs, weights))
+        else:
+            steps = self.job.stream.walk(layer, list(hidden))
+            moments = [(names, second_moment(inputs, weights)) for names, inputs in steps]
+            for names, moment in moments:
+                replace(names, moment)
+            self.advance(layer, hidden)
+        return done, reports
+
+    def solve(self, index: int, layer: nn.Module, names: Sequence[str], moment: torch.Tensor) -> dict[str, Solved]:
+        """Return the codes of those linears of a step that are quantized at all, by name."""
+        specs = {name: self.job.layout.linears[linear_path(index, name)] for name in names}
+        coded = {linear_path(index, name): name for name, spec in specs.items() if spec.bits != PLAIN}
+        for name, spec in specs.items():
+            if spec.bits == PLAIN:  # what the checkpoint will hold is what the next step sees
+                linear = linears(layer)[name]
+                linear.weight.data = linear.weight.data.to(torch.float16).float()
+        if not coded:
+            return {}
+        weights = {path: linears(layer)[name].weight.data for path, name in coded.items()}
+        found = self.solver(Step(weights, {path: specs[name] for path, name in coded.items()}, moment))
+        return {coded[path]: solved for path, solved in found.items()}
+
+    def head(
+        self, plain: torch.Tensor, hidden: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> tuple[QuantizedLinear | None, list[Report]]:
+        """Quantize an untied output head on the normed hidden states."""
+        layout = self.job.layout
+        if layout.lm_head_bits == PLAIN:
+            return None, []
+        norm, name = self.job.stream.final_norm(), HEAD.removesuffix(".weight")
+        moment = second_moment((norm(values) for values in hidden), weights)
+        spec = LinearSpec(layout.lm_head_bits, layout.group_size, self.job.params.sym)
+        solved = self.solver(Step({name: plain}, {name: spec}, moment))[name]
+        return solved.layer, [solved.report]
+
+
+def rounded(weight: torch.Tensor, spec: LinearSpec, params: RtnParams) -> QuantizedLinear:
+    """Round ``weight`` to nearest as ``spec`` says, with the clip search of ``params``."""
+    steps = params.clip_steps if spec.bits < 8 else 0  # at 8 bits no clip is better than the whole range
+    return round_to_nearest(weight, bits=spec.bits, group_size=spec.group_size, sym=spec.sym, clip_steps=steps)
+
+
+def outer_codes(weight: torch.Tensor, job: Job, bits: int) -> QuantizedLinear | None:
+    """Round the embedding or head; None at 16 bits."""
+    spec = LinearSpec(bits, job.layout.group_size, job.params.sym)
+    return None if bits == PLAIN else rounded(weight, spec, job.params)
+
+
+def outer_values(layer: QuantizedLinear | None, plain: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 values of embedding or head that the checkpoint will hold."""
+    return plain.to(torch.float16).float() if layer is None else dequantize(*layer)
+
+
+def finish(job: Job, parts: Parts, measured: Mapping[str, Any] | None = None) -> StageResult:
+    """Write the folder from finished parts, with the figures ``measured``, and return the stage's figures."""
+    ctx, stream, layout = job.ctx, job.stream, job.layout
+    outer, reports = parts.load_outer()
+    codes: dict[str, torch.Tensor] = {}
+    whole: dict[str, torch.Tensor] = {NORM: stream.tensor(NORM)}
+    for name, layer in outer.items():
+        tensors = outer_tensors(name, layer, stream.tensor(name))
+        whole |= tensors["model.safetensors"]
+        codes |= tensors[OUTER_FILE]
+    save_tensors(whole, parts.folder / "whole.safetensors")
+    files = [*(parts.path(index) for index in range(stream.count)), parts.folder / "whole.safetensors"]
+    config = dict(stream.config) | {"intermediate_size": layout.ffn}
+    layers = [report for index in range(stream.count) for report in parts.reports(index)] + reports
+    metrics: dict[str, Any] = {
+        "parameters": parameter_count(config),
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "embedding_bits": layout.embedding_bits,
+        "lm_head_bits": layout.lm_head_bits,
+        **bits_per_weight(files, codes, config, layout, sym=job.params.sym),
+        **(measured or {}),
+        "layers": layers,
+    }
+    write_folder(
+        ctx.out,
+        source=stream.folder,
+        config=config,
+        layout=layout,
+        params=job.params,
+        parts=files,
+        outer=codes,
+        metadata={"stage": ctx.name, "params": job.params.model_dump(mode="json"), "figures": metrics},
+    )
+    metrics["checkpoint_bytes"] = sum(path.stat().st_size for path in sorted(ctx.out.glob("*.safetensors")))
+    return StageResult(metrics=metrics, notes=layout.notes + _notes(layers) + _spread(metrics))
+
+
+def _notes(reports: Sequence[Report]) -> list[str]:
+    """Return what gave way in the matrices."""
+    fallen = [report["linear"] for report in reports if report.get("fell_back")]
+    raised = [report for report in reports if report.get("retries") and not report["fell_back"]]
+    notes = []
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices were rounded to nearest, because their Hessian could not be inverted: "
+            + ", ".join(fallen[:5])
+            + (" ..." if len(fallen) > 5 else "")
+        )
+    if raised:
+        most = max(report["damp_frac"] for report in raised)
+        notes.append(f"damping raised for {len(raised)} matrices, to {most:g} of the mean diagonal at most")
+    return notes
+
+
+def _spread(metrics: Mapping[str, Any]) -> list[str]:
+    """Return how far the draws of calibration rows are apart."""
+    found = metrics.get("calibration")
+    if found is None or found["draws"] < 2:
+        return []
+    listed = ", ".join(f"{value:.4g}" for value in found["kl"])
+    return [f"divergence with {found['draws']} draws of calibration rows: {listed} nats per token; the least is kept"]
