@@ -1,10 +1,10 @@
 """Losses of distillation, as pure functions: tensors in, loss per position and gradient out.
 
-`cross_entropy`, `forward_kl` and `reverse_kl` take logits and return (loss, d loss / d logits) in closed form; `fused_loss` takes
-hidden states at the kept positions and the output head, and runs both in chunks of positions, so that the matrix
-positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities), `Sparse` (top k and
-the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows nothing of models,
-rows, caches or optimizers.
+`cross_entropy`, `forward_kl` and `reverse_kl` take logits and return (loss, d loss / d logits) in closed form;
+`fused_loss` takes hidden states at the kept positions and the output head, and runs them in chunks of positions, so
+that the matrix positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities),
+`Sparse` (top k and the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows
+nothing of models, rows, caches or optimizers.
 
 Shapes: N kept positions, V vocabulary that the tokenizer can produce, K cached entries, H width. Units: nats.
 """

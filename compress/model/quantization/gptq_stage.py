@@ -84,13 +84,13 @@ def solve(step: Step, params: GptqParams) -> dict[str, Solved]:
             given = {"damp_frac": result.damp_frac, "retries": result.retries}
             given |= {"fell_back": result.fell_back, "dead": result.dead}
             weight = step.weights[path]
-            report = {"linear": path} | _errors(weight, layer, step.moment, rounded(weight, spec, params))
+            report = {"linear": path} | errors(weight, layer, step.moment, rounded(weight, spec, params))
             found[path] = Solved(layer, report | given)
             at = rows.stop
     return {path: found[path] for path in step.specs}
 
 
-def _errors(
+def errors(
     weight: torch.Tensor, layer: QuantizedLinear, moment: torch.Tensor, nearest: QuantizedLinear
 ) -> dict[str, float]:
     """Return the error of the outputs as a share of their power, beside that of rounding to nearest."""

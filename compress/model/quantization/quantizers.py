@@ -64,7 +64,13 @@ class RoundThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - the signature is autograd's
-        ctx: Any, weight: Tensor, step: Tensor, zero: Tensor, level: Tensor, inside: Tensor, factor: float
+        ctx: Any,
+        weight: Tensor,
+        step: Tensor,
+        zero: Tensor,  # noqa: ARG004 - the level holds it already; it stands here for its gradient
+        level: Tensor,
+        inside: Tensor,
+        factor: float,
     ) -> Tensor:
         ctx.save_for_backward(weight, step, level, inside)
         ctx.factor = factor
@@ -83,28 +89,9 @@ class RoundThrough(torch.autograd.Function):
         return d_weight, d_step, d_zero, None, None, None
 
 
-class _Half(torch.autograd.Function):
-    """The nearest positive fp16 number, in fp32; gradients pass."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.clamp(_TINY, _HUGE).to(torch.float16).to(values.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Tensor:
-        return outer[0]
-
-
-class _Nearest(torch.autograd.Function):
-    """The nearest integer between ``low`` and ``high``; gradients pass."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, low: float, high: float) -> Tensor:
-        return torch.round(values).clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return outer[0], None, None
+def _through(rounded: Tensor, values: Tensor) -> Tensor:
+    """``rounded``, exactly, with the gradient of ``values``."""
+    return rounded.detach() + (values - values.detach())
 
 
 class FakeQuantLinear(nn.Linear):
@@ -114,6 +101,12 @@ class FakeQuantLinear(nn.Linear):
     ``train_zero`` ``zero_shift`` (O * G,). A logarithm lets one learning rate serve steps of all sizes, keeps them
     positive, and starts at zero: untrained, the module is exactly the grid it was given.
     """
+
+    start_step: Tensor  # (O, G), the steps where log_step is 0
+    start_zero: Tensor  # (O, G)
+    g_idx: Tensor  # (I,)
+    fixed_level: Tensor | None  # (O, I), once the codes are fixed
+    zero_shift: nn.Parameter | None
 
     def __init__(
         self,
@@ -131,7 +124,7 @@ class FakeQuantLinear(nn.Linear):
         self.latent = nn.Parameter(latent.detach().clone().float())
         self.log_step = nn.Parameter(torch.zeros(grid.scales.numel()))
         self.zero_shift = nn.Parameter(torch.zeros(grid.scales.numel())) if train_zero else None
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone().float())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone().float()))
         self.register_buffer("start_step", grid.scales.float())
         self.register_buffer("start_zero", grid.zero_points.float())
         self.register_buffer("g_idx", grid.g_idx)
@@ -150,29 +143,29 @@ class FakeQuantLinear(nn.Linear):
         """The rounded weights (O, I) fp32."""
         step = self._spread(self.step())
         if self.fixed_level is not None:
-            return cast(Tensor, self.fixed_level) * step
+            return self.fixed_level * step
         zero = self._spread(self.zero())
         level, inside = levels(self.latent.detach(), step.detach(), zero.detach(), bits=self.bits, rule=self.rule)
         return cast(Tensor, cast(Any, RoundThrough.apply)(self.latent, step, zero, level, inside, self._factor))
 
     def step(self) -> Tensor:
         """The steps (O, G), fp16 numbers in fp32."""
-        start = cast(Tensor, self.start_step)
-        return cast(Tensor, cast(Any, _Half.apply)(start * self.log_step.view_as(start).exp()))
+        grown = self.start_step * self.log_step.view_as(self.start_step).exp()
+        return _through(grown.clamp(_TINY, _HUGE).to(torch.float16).to(grown.dtype), grown)
 
     def zero(self) -> Tensor:
         """The codes of level 0 (O, G), whole numbers from 1 (0 wraps around in the GPTQ layout) in fp32."""
-        start = cast(Tensor, self.start_zero)
+        start = self.start_zero
         if self.zero_shift is None:
             return start
         moved = start + ZERO_SPEED * self.zero_shift.view_as(start)
-        return cast(Tensor, cast(Any, _Nearest.apply)(moved, 1.0, float((1 << self.bits) - 1)))
+        return _through(torch.round(moved).clamp(1.0, float((1 << self.bits) - 1)), moved)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values (O, G) of the groups, for each weight (O, I)."""
         if self._even:
             return values.unsqueeze(2).expand(-1, -1, self._even).reshape(len(values), -1)
-        return values.index_select(1, cast(Tensor, self.g_idx).long())
+        return values.index_select(1, self.g_idx.long())
 
     @torch.no_grad()
     def coded(self) -> QuantizedLinear:
@@ -181,9 +174,9 @@ class FakeQuantLinear(nn.Linear):
         level = self.fixed_level
         if level is None:
             level, _ = levels(self.latent, self._spread(step), self._spread(zero), bits=self.bits, rule=self.rule)
-        codes = (cast(Tensor, level) + self._spread(zero)).to(torch.uint8)
+        codes = (level + self._spread(zero)).to(torch.uint8)
         halves = step.to(torch.float16)
-        return QuantizedLinear(codes.cpu(), halves.cpu(), zero.to(torch.uint8).cpu(), cast(Tensor, self.g_idx).cpu())
+        return QuantizedLinear(codes.cpu(), halves.cpu(), zero.to(torch.uint8).cpu(), self.g_idx.cpu())
 
     @torch.no_grad()
     def freeze_codes(self) -> None:
@@ -218,8 +211,8 @@ def cell_weights(weight: Tensor, grid: QuantizedLinear, *, bits: int) -> Tensor:
 def stretched_grid(weight: Tensor, *, rule: Rule, group_size: int, clip_steps: int = 0) -> QuantizedLinear:
     """Return the codes of a stretched rule with alpha the largest weight of each group, as ParetoQ starts.
 
-    With ``clip_steps`` alphas down to `SMALLEST_CLIP` of that are tried, and the one of least squared error is taken. A group of
-    zeros gets the smallest step there is, since ``elastic`` has no zero.
+    With ``clip_steps`` alphas down to `SMALLEST_CLIP` of that are tried, and the one of least squared error is taken.
+    A group of zeros gets the smallest step there is, since ``elastic`` has no zero.
     """
     rows, inputs = weight.shape
     g_idx = group_index(inputs, group_size)

@@ -32,12 +32,12 @@ def fit(
     """
     low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
     if clip_steps < 1:
-        return _grid(low, high, bits=bits, sym=sym)
+        return grid(low, high, bits=bits, sym=sym)
     top = (1 << bits) - 1
     largest = top / (top - 1) if sym else 1.0
     shares = torch.cat([torch.ones(1), torch.linspace(largest, SMALLEST_CLIP, clip_steps + 1)]).to(values.dtype)
     spans = shares.unsqueeze(1)  # (shares, 1); the first is the whole range
-    scales, zero_points = _grid(low * spans, high * spans, bits=bits, sym=sym)  # (shares, out)
+    scales, zero_points = grid(low * spans, high * spans, bits=bits, sym=sym)  # (shares, out)
     scale, zero_point = scales[0], zero_points[0]
     best = _error(values, scale, zero_point, bits, importance)
     for tried in zip(scales[1:], zero_points[1:], strict=True):
@@ -48,7 +48,7 @@ def fit(
     return scale, zero_point
 
 
-def _grid(low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def grid(low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zero points of the grids that span ``low`` <= 0 <= ``high``, all of one shape."""
     top, middle = (1 << bits) - 1, 1 << (bits - 1)
     if sym:
@@ -77,8 +77,8 @@ def _error(
 ) -> torch.Tensor:
     step, zero = scale.to(values.dtype).unsqueeze(1), zero_point.to(values.dtype).unsqueeze(1)
     top = (1 << bits) - 1
-    grid = (values / step).round_().clamp_(min=-zero, max=top - zero).mul_(step)
-    squares = grid.sub_(values).square_()
+    near = (values / step).round_().clamp_(min=-zero, max=top - zero).mul_(step)
+    squares = near.sub_(values).square_()
     return squares.sum(dim=1) if importance is None else squares @ importance.to(values.dtype)
 
 
