@@ -216,9 +216,9 @@ def stretched_grid(weight: Tensor, *, rule: Rule, group_size: int, clip_steps: i
     """
     rows, inputs = weight.shape
     g_idx = group_index(inputs, group_size)
-    index, groups = g_idx.long(), int(g_idx.max()) + 1
-    work = weight.float()
-    largest = torch.zeros(rows, groups).index_reduce_(1, index, work.abs(), "amax")
+    index, work = g_idx.long(), weight.float()
+    parts = work.abs().split(inputs if group_size == -1 else group_size, dim=1)
+    largest = torch.stack([part.amax(dim=1) for part in parts], dim=1)  # (O, G)
     best = torch.full_like(largest, math.inf)
     scales = torch.ones_like(largest, dtype=torch.float16)
     zero = torch.full((rows, inputs), float(MIDDLE[rule]))
@@ -230,5 +230,5 @@ def stretched_grid(weight: Tensor, *, rule: Rule, group_size: int, clip_steps: i
         scales = torch.where(error < best, halves, scales)
         best = torch.minimum(error, best)
     level, _ = levels(work, scales.float()[:, index], zero, bits=2, rule=rule)
-    zero_points = torch.full((rows, groups), MIDDLE[rule], dtype=torch.uint8)
+    zero_points = torch.full(largest.shape, MIDDLE[rule], dtype=torch.uint8)
     return QuantizedLinear((level + zero).to(torch.uint8), scales, zero_points, g_idx)
