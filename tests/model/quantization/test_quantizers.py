@@ -1,4 +1,4 @@
-"""Rounding that is trained through: levels and gradients against plain loops, and codes that are the weights exactly."""
+"""Rounding that is trained through: levels and gradients against plain loops, codes that are the weights exactly."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_gradients_are_the_differences_of_the_surrogate(rule: Rule, bits: int, s
     zero = torch.full_like(step, 1 << (bits - 1)) if sym else torch.randint(1, 1 << bits, step.shape).double()
     inputs = [tensor.clone().requires_grad_() for tensor in (weight, step, zero)]
     level, inside = levels(weight, step, zero, bits=bits, rule=rule)
-    assert bool(inside.any()) and not bool(inside.all())
+    assert bool(inside.any())
+    assert not bool(inside.all())
     RoundThrough.apply(*inputs, level, inside, 0.5).sum().backward()
     small = 1e-6
     for i, j in [(i, j) for i in range(30) for j in range(8)]:
@@ -131,11 +132,13 @@ def test_fixed_codes_stay_while_their_steps_are_trained(rule: Rule, bits: int, s
         module.log_step += 0.2
         module.latent += 1.0
     after = module.coded()
-    assert torch.equal(after.codes, before.codes) and torch.equal(after.zero_points, before.zero_points)
+    assert torch.equal(after.codes, before.codes)
+    assert torch.equal(after.zero_points, before.zero_points)
     assert not torch.equal(after.scales, before.scales)
     assert torch.equal(dequantize(*after), module.weight.detach())
     module.weight.square().sum().backward()
-    assert module.log_step.grad is not None and bool((module.log_step.grad != 0).any())
+    assert module.log_step.grad is not None
+    assert bool((module.log_step.grad != 0).any())
 
 
 @pytest.mark.parametrize("sym", [False, True])
