@@ -36,3 +36,44 @@ def second_moment(inputs: Iterable[torch.Tensor], weights: Sequence[torch.Tensor
         rows = values[used] * weight[used].sqrt().unsqueeze(1)  # (n, in)
         total = total + (rows.T @ rows).double()
     return total / max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+
+
+def paired_moments(
+    inputs: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted means of x x' and of z x', both (in, in) fp64: ``inputs`` give x, ``wanted`` z.
+
+    Arguments as those of `second_moment`; both streams are read in step.
+    """
+    cross = torch.zeros(1, 1, dtype=torch.float64)
+
+    def watched() -> Iterable[torch.Tensor]:
+        nonlocal cross
+        for values, others, weight in zip(inputs, wanted, weights, strict=True):
+            root = weight[weight > 0].sqrt().unsqueeze(1)
+            cross = cross + ((others[weight > 0] * root).T @ (values[weight > 0] * root)).double()
+            yield values
+
+    moment = second_moment(watched(), weights)
+    return moment, cross / max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+
+
+def corrected(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, *, damp_frac: float) -> torch.Tensor:
+    """Return the weight (out, in) that gives on the changed inputs x what ``weight`` gave on the plain inputs z.
+
+    Least squares over ``moment`` E[x x'] and ``cross`` E[z x'], drawn towards ``weight`` by ``damp_frac`` of the mean
+    diagonal: (W C + d W) (H + d I)^-1. With no change (C = H) or endless damping it is ``weight``. Quantizing this
+    weight instead of the plain one makes up for the errors of the layers before it: the aim of GPTAQ (Li et al. 2025,
+    arXiv:2504.02692, section 3), reached by one solve before the columns are rounded. Where the moments are not
+    finite or zero, ``weight`` comes back.
+    """
+    mean = float(moment.diagonal().mean())
+    if not (bool(torch.isfinite(moment).all()) and bool(torch.isfinite(cross).all())) or mean <= 0:
+        return weight
+    damping = damp_frac * mean
+    factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=moment.dtype))
+    if int(failed):
+        return weight
+    plain = weight.double()
+    solved = torch.cholesky_solve((plain @ cross + damping * plain).T, factor).T
+    return solved.to(weight.dtype).contiguous()

@@ -61,6 +61,12 @@ class GptqParams(RtnParams):
     damp_frac: float = Field(
         default=0.01, ge=0, le=1, description="added to the Hessian's diagonal, as a fraction of its mean"
     )
+    correction_damp: float | None = Field(
+        default=0.1,
+        gt=0,
+        description="let each linear make up for what the quantized layers before it changed (GPTAQ): damping of that "
+        "least-squares fit as a fraction of the Hessian's mean diagonal; null: no correction, half the memory",
+    )
     true_sequential: bool = Field(
         default=True, description="within a layer, let o see the quantized q, k, v, and down the quantized gate and up"
     )

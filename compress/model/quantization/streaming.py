@@ -9,9 +9,10 @@ Knows nothing of how codes are chosen.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from compress.model.calibration import Batch, TokenIds, padded, sample
 from compress.model.checkpoint import check_folder, parameter_count, read_config
 from compress.model.layers import linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
-from compress.model.quantization.hessians import position_weights, second_moment
+from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
 from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose
 from compress.model.quantization.measuring import Check, bits_per_weight
 from compress.model.quantization.packing import QuantizedLinear, dequantize
@@ -66,6 +67,9 @@ class Solved(NamedTuple):
     report: Report
 
 
+# hidden states (B, T, hidden) of each batch: those of the quantized model, and where they are needed the plain one's
+States = list[list[torch.Tensor]]
+Moments = tuple[torch.Tensor, torch.Tensor | None]  # E[x x'], and E[z x'] where there are plain inputs z
 Solver = Callable[[Step], Mapping[str, Solved]]
 # (layer, hidden states, position weights): changes the layer in place; its outputs in full precision must stay
 Prepare = Callable[[nn.Module, BlockStream, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
@@ -167,6 +171,12 @@ class _Pass:
     prompt_weight: float
     parts: Parts
 
+    @property
+    def correction(self) -> float | None:
+        """Damping of the correction for changed inputs; None: no correction."""
+        params = self.job.params
+        return params.correction_damp if isinstance(params, GptqParams) else None
+
     def run(self, check: Check, *, label: str) -> dict[str, Any]:
         """Do the layers that are missing, then embedding and head; return what the check measured."""
         done = self.parts.folder / "measured.json"
@@ -177,20 +187,21 @@ class _Pass:
         plain = stream.tensor(EMBEDDING)
         outer = {EMBEDDING: outer_codes(plain, self.job, layout.embedding_bits)}
         embedding = outer_values(outer[EMBEDDING], plain)
-        hidden = [nn.functional.embedding(batch.input_ids, embedding) for batch in self.drawn]
+        tables = [embedding] if self.correction is None else [embedding, plain]
+        states = [[nn.functional.embedding(batch.input_ids, table) for batch in self.drawn] for table in tables]
         weights = [position_weights(batch, prompt_weight=self.prompt_weight) for batch in self.drawn]
         check.begin(plain, embedding)
         with self.job.ctx.progress.bar(f"layers quantized, {label}", stream.count) as bar:
             for index in range(stream.count):
                 layer = stream.layer(index)
                 check.plain(layer)
-                self.block(index, layer, hidden, weights)
+                self.block(index, layer, states, weights)
                 check.quantized(layer)
                 bar.advance()
         reports: list[Report] = []
         if not layout.tied:
             plain = stream.tensor(HEAD)
-            outer[HEAD], reports = self.head(plain, hidden, weights)
+            outer[HEAD], reports = self.head(plain, states, weights)
         head = embedding if layout.tied else outer_values(outer[HEAD], plain)
         self.parts.save_outer(outer, reports)
         found = check.end(plain, head)
@@ -199,19 +210,22 @@ class _Pass:
         os.replace(partial, done)
         return found
 
-    def block(self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
-        """Quantize one layer, or take over what an earlier run left, and take ``hidden`` through it.
+    def block(self, index: int, layer: nn.Module, states: States, weights: Sequence[torch.Tensor]) -> None:
+        """Quantize one layer, or take over what an earlier run left, and take ``states`` through it.
 
         ``layer`` then has the quantized weights.
         """
+        untouched = copy.deepcopy(layer) if len(states) > 1 else None
         if self.parts.has(index):
             self.parts.load(index, layer)
-            self.advance(layer, hidden)
-            return
-        if self.prepare is not None:
-            self.prepare(layer, self.job.stream, hidden, weights)
-        done, reports = self.linears(index, layer, hidden, weights)
-        self.parts.save(index, layer, done, reports)
+            self.advance(layer, states[0])
+        else:
+            if self.prepare is not None:
+                self.prepare(layer, self.job.stream, states[0], weights)
+            done, reports = self.linears(index, layer, states, weights)
+            self.parts.save(index, layer, done, reports)
+        if untouched is not None:
+            self.advance(untouched, states[1])
 
     def advance(self, layer: nn.Module, hidden: list[torch.Tensor]) -> None:
         """Take ``hidden`` through ``layer`` in place, one batch after the other."""
@@ -219,30 +233,48 @@ class _Pass:
             hidden[i] = self.job.stream.run(layer, values)
 
     def linears(
-        self, index: int, layer: nn.Module, hidden: list[torch.Tensor], weights: Sequence[torch.Tensor]
+        self, index: int, layer: nn.Module, states: States, weights: Sequence[torch.Tensor]
     ) -> tuple[dict[str, QuantizedLinear], list[Report]]:
-        """Quantize the seven linears: each step on what the quantized steps before it put out, or all at once."""
+        """Quantize the seven linears: each step on what the quantized steps before it put out, or all at once.
+
+        The quantized states are taken through the layer, the plain ones are left where they are.
+        """
         done: dict[str, QuantizedLinear] = {}
         reports: list[Report] = []
 
-        def replace(names: Sequence[str], moment: torch.Tensor) -> None:
-            for name, solved in self.solve(index, layer, names, moment).items():
+        def replace(names: Sequence[str], moments: Moments) -> None:
+            for name, solved in self.solve(index, layer, names, moments).items():
                 done[name] = solved.layer
                 linears(layer)[name].weight.data = dequantize(*solved.layer)
                 reports.append(solved.report)
 
-        if not isinstance(self.job.params, GptqParams) or self.job.params.true_sequential:
-            for names, inputs in self.job.stream.walk(layer, hidden):
-                replace(names, second_moment(inputs, weights))
-        else:
-            steps = self.job.stream.walk(layer, list(hidden))
-            moments = [(names, second_moment(inputs, weights)) for names, inputs in steps]
-            for names, moment in moments:
-                replace(names, moment)
-            self.advance(layer, hidden)
+        params, waiting = self.job.params, list[tuple[Sequence[str], Moments]]()
+        sequential = not isinstance(params, GptqParams) or params.true_sequential
+        for names, moments in self.steps(layer, states[0] if sequential else list(states[0]), states[1:], weights):
+            if sequential:
+                replace(names, moments)
+            else:
+                waiting.append((names, moments))
+        for names, moments in waiting:
+            replace(names, moments)
+        if not sequential:
+            self.advance(layer, states[0])
         return done, reports
 
-    def solve(self, index: int, layer: nn.Module, names: Sequence[str], moment: torch.Tensor) -> dict[str, Solved]:
+    def steps(
+        self, layer: nn.Module, hidden: list[torch.Tensor], plain: States, weights: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[Sequence[str], Moments]]:
+        """Walk ``hidden`` through ``layer``, in step with the ``plain`` states through a copy of it as it is now."""
+        walk = self.job.stream.walk(layer, hidden)
+        if not plain:
+            for names, inputs in walk:
+                yield names, (second_moment(inputs, weights), None)
+            return
+        beside = self.job.stream.walk(copy.deepcopy(layer), list(plain[0]))
+        for (names, inputs), (_, wanted) in zip(walk, beside, strict=True):
+            yield names, paired_moments(inputs, wanted, weights)
+
+    def solve(self, index: int, layer: nn.Module, names: Sequence[str], moments: Moments) -> dict[str, Solved]:
         """Return the codes of those linears of a step that are quantized at all, by name."""
         specs = {name: self.job.layout.linears[linear_path(index, name)] for name in names}
         coded = {linear_path(index, name): name for name, spec in specs.items() if spec.bits != PLAIN}
@@ -252,21 +284,31 @@ class _Pass:
                 linear.weight.data = linear.weight.data.to(torch.float16).float()
         if not coded:
             return {}
-        weights = {path: linears(layer)[name].weight.data for path, name in coded.items()}
-        found = self.solver(Step(weights, {path: specs[name] for path, name in coded.items()}, moment))
+        weights = {path: self.aim(linears(layer)[name].weight.data, moments) for path, name in coded.items()}
+        found = self.solver(Step(weights, {path: specs[name] for path, name in coded.items()}, moments[0]))
         return {coded[path]: solved for path, solved in found.items()}
 
+    def aim(self, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+        """Return the weight that is to be quantized: ``weight``, or that which makes up for changed inputs."""
+        moment, cross = moments
+        if cross is None or self.correction is None:
+            return weight
+        return corrected(weight, moment, cross, damp_frac=self.correction)
+
     def head(
-        self, plain: torch.Tensor, hidden: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+        self, plain: torch.Tensor, states: States, weights: Sequence[torch.Tensor]
     ) -> tuple[QuantizedLinear | None, list[Report]]:
         """Quantize an untied output head on the normed hidden states."""
         layout = self.job.layout
         if layout.lm_head_bits == PLAIN:
             return None, []
         norm, name = self.job.stream.final_norm(), HEAD.removesuffix(".weight")
-        moment = second_moment((norm(values) for values in hidden), weights)
+        normed = [(norm(values) for values in hidden) for hidden in states]
+        moments: Moments = (
+            paired_moments(normed[0], normed[1], weights) if normed[1:] else (second_moment(normed[0], weights), None)
+        )
         spec = LinearSpec(layout.lm_head_bits, layout.group_size, self.job.params.sym)
-        solved = self.solver(Step({name: plain}, {name: spec}, moment))[name]
+        solved = self.solver(Step({name: self.aim(plain, moments)}, {name: spec}, moments[0]))[name]
         return solved.layer, [solved.report]
 
 
