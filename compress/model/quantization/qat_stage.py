@@ -65,6 +65,8 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
         DataError: no row, or none with an answer.
         TrainingError: the loss is NaN or diverges.
     """
+    if params.start != "gptq":  # what makes up for changed inputs is part of that method
+        params = params.model_copy(update={"correction_damp": None})
     job = open_job(params, ctx)
     rows = calibration_rows(job, params)
     parts, before = best_draw(job, lambda step: start_codes(step, params), rows, prompt_weight=params.prompt_weight)

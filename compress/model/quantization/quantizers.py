@@ -217,7 +217,7 @@ def stretched_grid(weight: Tensor, *, rule: Rule, group_size: int, clip_steps: i
     rows, inputs = weight.shape
     g_idx = group_index(inputs, group_size)
     index, work = g_idx.long(), weight.float()
-    parts = work.abs().split(inputs if group_size == -1 else group_size, dim=1)
+    parts = torch.split(work.abs(), inputs if group_size == -1 else group_size, dim=1)
     largest = torch.stack([part.amax(dim=1) for part in parts], dim=1)  # (O, G)
     best = torch.full_like(largest, math.inf)
     scales = torch.ones_like(largest, dtype=torch.float16)
