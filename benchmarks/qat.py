@@ -1,7 +1,7 @@
 """What training through the rounding wins at 2 and 3 bits, against rounding, clip and GPTQ, on a model of stories.
 
     python benchmarks/qat.py MODEL STORIES [--bits 2 3] [--seeds 3] [--steps 100] [--batch-tokens 4096]
-        [--only NAME ...]
+        [--rows N] [--only NAME ...]
 
 MODEL is a plain checkpoint, STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories parted by lines
 ``<|endoftext|>``. Every trained row has the same steps, tokens and start; the seed draws calibration rows, training
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=None, help="stories to learn from (default: all)")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=USUAL)
     parser.add_argument("--threads", type=int, default=1)
@@ -120,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         texts = [text for path in sorted(given.stories.glob("train*.txt")) for text in stories(path)]
-        write_rows(data, [make_row(text=text) for text in texts])
+        write_rows(data, [make_row(text=text) for text in texts[: given.rows]])
         budget = f"{given.steps} steps of {given.batch_tokens} tokens, {given.seeds} seeds"
         print(f"plain model: perplexity {plain:.3f}; {budget}\n")
         print("| bits | method | perplexity | gap to plain | range over seeds | KL | bits per weight | CPU min |")

@@ -30,7 +30,7 @@ from compress.model.quantization.rtn import SMALLEST_CLIP
 CLIP = 0.99  # of alpha, in the stretched rules: what is beyond it passes no gradient (ParetoQ)
 STRETCHED = {"elastic": 4.0, "ternary": 1.5}  # alpha in steps
 MIDDLE = {"elastic": 8, "ternary": 2}  # the code of level 0
-INSIDE = 63 / 128  # of a step: where a latent weight is put that must round to a given code
+INSIDE = 1 / 8  # of a step from a code: how far a latent weight may lie that must round to that code
 ZERO_SPEED = 32.0  # steps of a zero point per unit of its parameter: an optimizer moves a parameter by its rate
 _TINY, _HUGE = 2.0**-24, 65504.0  # of fp16
 
@@ -192,10 +192,11 @@ class FakeQuantLinear(nn.Linear):
 
 
 def cell_weights(weight: Tensor, grid: QuantizedLinear, *, bits: int) -> Tensor:
-    """Return latent weights (O, I) fp32 that round to the codes of ``grid``, as near to ``weight`` as that allows.
+    """Return latent weights (O, I) fp32 that round to the codes of ``grid``: ``weight`` where it does so itself.
 
-    What GPTQ chose is not what the weight would round to; so training starts from GPTQ's codes and keeps of the
-    weight what lies within a code's cell. Cells at the ends of the grid are open.
+    What GPTQ chose is often not what the weight would round to. Such a weight is put on its own side of the code,
+    `INSIDE` of a step from it: at the edge of the cell the first steps would undo what GPTQ found. Beyond the ends of
+    the grid it stays where it is.
     """
     index = grid.g_idx.long()
     step, zero = grid.scales.float()[:, index], grid.zero_points.float()[:, index]
