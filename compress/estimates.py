@@ -314,6 +314,7 @@ def _fit(bundle: _State, plan: Plan, result: Estimate) -> None:
     if target is None:
         result.notes.append("No target is named: fit and speed on a device are not told.")
         return
+    result.notes += target.notes
     context = (plan.profile.export or {}).get("context_tokens")
     found = sizing.estimate(bundle.config, precision, target, context)
     result.figures[f"peak memory on {target.name}"] = (float(found.peak_memory_bytes), "bytes")

@@ -1,12 +1,13 @@
-"""What more than one package must know of files in the same way: their digests, and which ones make a tokenizer.
+"""What more than one package must know of files in the same way: digests, licences, which ones make a tokenizer.
 
-`file_sha256` digests a file, `TOKENIZER_FILES` are the files of a model folder that decide how it reads and writes
-text. Imports nothing of ours and no package; knows nothing of stores, models or bundles.
+`file_sha256` digests a file, `licence_of` reads a card, `TOKENIZER_FILES` are the files of a model folder that decide
+how it reads and writes text. Imports nothing of ours and no package; knows nothing of stores, models or bundles.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 # The chat template stands in a file of its own, in ``chat_template.json`` (older tools) or in tokenizer_config.json.
@@ -21,6 +22,18 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+
+NOT_STATED = "not stated"
+_CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that the card of a model or data set (README.md) names in its front matter, else "not stated"."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return NOT_STATED
+    found = _CARD_LICENCE.search(card.read_text(encoding="utf-8", errors="replace"))
+    return found[1].strip() if found else NOT_STATED
 
 
 def file_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import DataError, ModelError
-from compress.files import TOKENIZER_FILES
+from compress.files import NOT_STATED, TOKENIZER_FILES, licence_of
 from compress.names import is_hub_name
 
 FileDigest = Callable[[Path], str]
@@ -51,7 +51,7 @@ def source_identity(path: Path, file_digest: FileDigest) -> str:
 
 
 def model_identity(folder: Path, file_digest: FileDigest) -> str:
-    """Digest of a model folder: configuration, weights, tokenizer and chat template.
+    """Digest of a model folder: configuration, weights, tokenizer, chat template, and the licence that its card names.
 
     Raises:
         ModelError: the folder does not exist or holds no ``config.json``.
@@ -60,7 +60,9 @@ def model_identity(folder: Path, file_digest: FileDigest) -> str:
         got = "no such folder" if not folder.is_dir() else "no config.json in it"
         raise ModelError(str(folder), got, "a Hugging Face model folder with config.json and model.safetensors")
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in MODEL_SUFFIXES)
-    return digest_of({file.name: file_digest(file) for file in files})
+    licence = licence_of(folder)  # it goes into bundle.json; the rest of a card does not
+    stated = {} if licence == NOT_STATED else {"licence": licence}
+    return digest_of({file.name: file_digest(file) for file in files} | stated)
 
 
 def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:

@@ -1,4 +1,4 @@
-"""What ``edgestill ls`` lists, as heads and rows of text, and where a run's record lies.
+"""What ``edgestill ls`` lists, as heads and rows of text, a target of this machine, and where a run's record lies.
 
 Knows where things are kept; shows nothing itself.
 """
@@ -6,7 +6,9 @@ Knows where things are kept; shows nothing itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.errors import UserError
@@ -33,6 +35,33 @@ def _targets() -> Rows:
 
     found = [load_target(name) for name in list_targets()]
     return ("target", "description"), [(target.name, target.description) for target in found]
+
+
+def measured_target(name: str, place: Path, threads: int | None) -> str:
+    """Measure this machine, write a target file of it as ``place``, and return the file's text.
+
+    Raises:
+        UserError: ``place`` is there already, its folder is not, or ``name`` is none.
+        EdgestillError: the measuring failed.
+    """
+    from compress import doctor
+    from deploy import machine
+    from deploy.targets import NAME, load_target
+
+    if not re.fullmatch(NAME, name):
+        raise UserError("--name", f"got {name!r}", "lower-case letters, digits, dots and hyphens")
+    if place.exists():
+        raise UserError(str(place), "is there already", do="Give another place with --out, or remove it")
+    if not place.parent.is_dir():
+        raise UserError(str(place.parent), "no such folder", do="Make it, or give another place with --out")
+    facts = doctor.machine(threads)
+    single, rates = machine.measure_rates(1), machine.measure_rates(int(facts["threads"]))
+    target = machine.machine_target(facts, rates, name, place.parent)
+    when = datetime.now(UTC).date().isoformat()
+    text = machine.target_text(target, single, rates, when=when, versions=doctor.versions())
+    place.write_text(text, encoding="utf-8")
+    load_target(place)
+    return text
 
 
 def _profiles() -> Rows:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from compress.context import StageContext
 from compress.estimates import Estimate, estimate
+from compress.lineage import lineage
 from compress.metering import Meter
 from compress.plans import Facts, Node, Outside, Plan, plan
 from compress.progress import Progress
@@ -185,6 +186,7 @@ class _Executor:
             teacher=self.teacher() if node.stage.wants_teacher else None,
             target=facts.target if "target" in node.stage.uses else None,
             threads=facts.threads,
+            lineage=lineage(self.planned, node, self.folders),
         )
 
     def _folder(self, source: Node | Outside) -> Path:

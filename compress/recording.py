@@ -19,6 +19,7 @@ from compress.plans import Node, Plan
 from compress.run_record import (
     BenchRecord,
     CurveRecord,
+    EstimateRecord,
     FunnelStep,
     Ledger,
     LedgerEntry,
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 CURVE_POINTS = 200
 TRAINING_LOG = "training.jsonl"
 VERDICT = "verdict.json"
+LOCAL = (
+    ("prefill of the bundle here", "prefill_tokens_per_s", "tokens/s"),
+    ("decode of the bundle here", "decode_tokens_per_s", "tokens/s"),
+    ("peak memory of the bundle here", "peak_memory_bytes", "bytes"),
+)
 
 
 def now() -> str:
@@ -130,6 +136,20 @@ def measured(what: str, record: RunRecord) -> float | None:
         "bundle size": rows["bundle"]["bytes"] if "bundle" in rows else None,
     }
     return found.get(what)
+
+
+def local_estimates(stages: Iterable[StageRecord]) -> list[EstimateRecord]:
+    """A bundle's speed and memory here: reckoned from this machine's measured rates, beside what was measured.
+
+    No device is at hand where a target's figures could be checked; this is the error of the same reckoning.
+    """
+    found: list[EstimateRecord] = []
+    for stage in stages:
+        figures = stage["metrics"]
+        if stage["stage"] == "deploy.bench" and (reckoned := figures.get("local_estimate")):
+            for what, key, unit in LOCAL:
+                found.append({"what": what, "unit": unit, "estimated": reckoned[key], "measured": figures.get(key)})
+    return found
 
 
 def failure(limit: LimitRecord) -> str:
@@ -251,6 +271,7 @@ class Recorder:
             record["error"] = {"kind": type(error).__name__, "message": message, "stage": name}
         for entry in record["estimates"]:
             entry["measured"] = measured(entry["what"], record)
+        record["estimates"] += local_estimates(record["stages"])
         record["verdict"] = self._verdict(running["name"] if running else None)
         self.write()
 

@@ -152,9 +152,9 @@ class SummaryRow(TypedDict):
 
 
 class EstimateRecord(TypedDict):
-    """What `plan` foretold and what came out."""
+    """What `plan` foretold and what came out; and a bundle's figures here, foretold from this machine's own rates."""
 
-    what: str  # "bundle size", "decode", "time", "peak memory", "parameters"
+    what: str  # "bundle size", "decode on raspberry-pi-5", "time of all stages", "decode of the bundle here"
     unit: str  # "bytes", "tokens/s", "s"
     estimated: float
     measured: float | None

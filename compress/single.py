@@ -58,13 +58,14 @@ def guess_slot(path: Path) -> str:
     Raises:
         DataError: there is nothing at ``path``.
     """
-    _present(path)
+    present(path)
     if path.is_dir() and (path / "bundle.json").is_file():
         return "bundle"
     return "model" if path.is_dir() and (path / "config.json").is_file() else "data"
 
 
-def _present(path: Path, allowed: str = "") -> None:
+def present(path: Path, allowed: str = "") -> None:
+    """Raise DataError when nothing is at ``path``."""
     if not path.exists():
         do = "" if path.is_absolute() else f"Relative paths start at the current folder, {Path.cwd()}."
         raise DataError(str(path), "no such file or folder", allowed, do)
@@ -88,7 +89,7 @@ def parse_inputs(given: Sequence[str], stage: Stage) -> dict[str, Path]:
         path = Path(rest if named else text)
         if not named:
             slot = _guessed(path, stage, misread=slot if separator else "")
-        _present(path)
+        present(path)
         if slot in inputs:
             raise UserError("--in", f"two inputs for the slot {slot!r}", "one path for each of " + ", ".join(SLOTS))
         inputs[slot] = path
@@ -137,7 +138,7 @@ def stage_and_params(name: str, overrides: Sequence[str]) -> tuple[Stage, Params
 
 def _identity(slot: str, path: Path) -> str:
     """Digest of an input; what is not what its slot takes is refused here, before anything is written."""
-    _present(path, {"model": "a Hugging Face model folder", "bundle": "a bundle"}.get(slot, ""))
+    present(path, {"model": "a Hugging Face model folder", "bundle": "a bundle"}.get(slot, ""))
     if slot == "bundle":
         from deploy.bundle import open_bundle  # only the stages that read one need the package
 

@@ -132,9 +132,11 @@ def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str
 
 
 def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
-    """A bundle's figures on this machine beside the estimate for another one."""
-    name = foretold["target"]
-    table = Table("", "measured on this machine", f"estimate for {name}, not measured")
+    """A bundle's figures where they were measured, beside the estimate for a target."""
+    name, where = foretold["target"], measured["where"]
+    table = Table(
+        "", f"measured on {'this machine' if where == 'local' else where}", f"estimate for {name}, not measured"
+    )
     for what, unit in (("prefill", "tokens/s"), ("decode", "tokens/s")):
         key = f"{what}_tokens_per_s"
         table.add_row(f"{what} {unit}", rate(measured[key]), rate(foretold[key]))
@@ -143,6 +145,20 @@ def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: C
     peak = "peak_memory_bytes"
     usable = human_bytes(foretold["usable_memory_bytes"])
     table.add_row("peak memory", human_bytes(measured[peak]), f"{human_bytes(foretold[peak])} of {usable} usable")
+    out.print(table)
+
+
+def show_local(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
+    """A bundle's figures on this machine beside those reckoned from the machine's own rates, and the error."""
+    table = Table("", "measured on this machine", "estimate from its measured rates", "error")
+    for what, key, unit in (
+        ("prefill tokens/s", "prefill_tokens_per_s", ""),
+        ("decode tokens/s", "decode_tokens_per_s", ""),
+        ("peak memory", "peak_memory_bytes", "bytes"),
+    ):
+        seen, reckoned = measured[key], foretold[key]
+        words = human_bytes if unit else rate
+        table.add_row(what, words(seen), words(reckoned), f"{reckoned / seen - 1:+.0%}")
     out.print(table)
 
 

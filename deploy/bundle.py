@@ -1,7 +1,7 @@
 """The bundle: one folder that is copied to the device, with ``bundle.json`` that says what is in it and vouches for it.
 
 `write_bundle` describes a finished folder, `open_bundle` reads it back and refuses one that is damaged, `bundle_bytes`
-is what is copied: the files that the runtime opens, with ``bundle.json``. A GPTQ checkpoint of the same codes may lie
+is what is copied: what the runtime opens, ``run.py`` and ``bundle.json``. A GPTQ checkpoint of the same codes may lie
 beside them in ``gptq/``; it is described too, and counts only in a bundle that holds nothing else, which nothing here
 runs. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
 """
@@ -19,6 +19,8 @@ from compress.files import file_sha256
 
 BUNDLE_FILE = "bundle.json"
 GPTQ_FOLDER = "gptq"
+RUNNER_FILE = "run.py"
+RUNNER = Path(__file__).parent / "bundle_runner" / RUNNER_FILE  # copied into every bundle that a runtime opens
 FORM = 1
 _REPAIR = "Copy the bundle again, or export it again"
 
@@ -45,6 +47,12 @@ class Bundle:
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
         return int(self.model["parameters"])
+
+    @property
+    def tuned(self) -> Mapping[str, Any]:
+        """Settings that were found for a device: threads, prefill_chunk, config_entries; empty when none were."""
+        found: Mapping[str, Any] = self.info.get("tuned") or {}
+        return found
 
     @property
     def shipped(self) -> Mapping[str, Mapping[str, Any]]:

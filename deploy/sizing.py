@@ -18,7 +18,7 @@ from typing import Any
 from compress.errors import ModelError, TargetError
 from compress.model.quantization.layout import stored_as
 from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes, parameter_count
-from deploy.bundle import Bundle
+from deploy.bundle import RUNNER, Bundle
 from deploy.targets import Target
 
 HEAD_MULTIPLE = 16  # heads are padded to it (deploy.export.heads)
@@ -31,8 +31,7 @@ CONFIG_BYTES = 3000  # genai_config.json, bundle.json, tokenizer_config.json, ch
 TOKENIZER_BYTES_PER_ENTRY = 18  # tokenizer.json without blanks: 15 to 20 measured on vocabularies below 1000
 BASE_BYTES = 69_000_000  # a Python process with onnxruntime-genai and an empty model, measured
 HELD_COPIES = 2.0  # weights in memory over weights as read: the file's own bytes while it is parsed and repacked
-LAYER_NODES = 11  # operators that take time, in one layer
-NODE_SECONDS = 5e-6  # dispatch of one operator, measured on two machines' order of magnitude
+LAYER_NODES = 11  # operators that take time, in one layer; each costs the target's ``node_seconds``
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,17 @@ def estimate(
         parameters=parameter_count(config),
         vocabulary=int(config["vocab_size"]),
         size=bundle_bytes(config, precision),
+        prompt=context,
+        coded=precision.bits < 16,
     )
 
 
-def estimate_of_bundle(bundle: Bundle, target: Target, context_tokens: int) -> SizeEstimate:
+def estimate_of_bundle(
+    bundle: Bundle, target: Target, context_tokens: int, prompt_tokens: int | None = None
+) -> SizeEstimate:
     """Return the estimate for a finished bundle on ``target`` when ``context_tokens`` are read and written.
+
+    ``prompt_tokens`` of them are the prompt, which is read at once; left out: all.
 
     Raises:
         ModelError: the bundle has no ONNX format, or its configuration cannot be read.
@@ -146,6 +151,8 @@ def estimate_of_bundle(bundle: Bundle, target: Target, context_tokens: int) -> S
         parameters=bundle.parameters,
         vocabulary=int(bundle.model["vocabulary"]),
         size=bundle.bytes,
+        prompt=context_tokens if prompt_tokens is None else prompt_tokens,
+        coded=bundle.model["bits"] is not None,
     )
 
 
@@ -159,12 +166,15 @@ def _on_target(
     parameters: int,
     vocabulary: int,
     size: int,
+    prompt: int,  # tokens that are read at once
+    coded: bool,  # the linears are codes
 ) -> SizeEstimate:
     stored, read = weights
-    overhead = (layers * LAYER_NODES + 8) * NODE_SECONDS
+    overhead = (layers * LAYER_NODES + 8) * target.node_seconds
+    row, rows = (2 * parameters / target.product_ops_per_s(coded=coded, rows=count) for count in (1, prompt))
     # half the context is full on average over an answer
-    decode = (read + cache / 2) / target.read_bytes_per_s + overhead
-    per_prompt_token = 2 * parameters / target.flops_per_s
+    decode = max((read + cache / 2) / target.read_bytes_per_s, row) + overhead
+    prefill = max(read / target.read_bytes_per_s, prompt * rows) + overhead
     return SizeEstimate(
         bundle_bytes=size,
         weight_bytes=stored,
@@ -173,7 +183,7 @@ def _on_target(
         peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits_bytes(vocabulary)),
         context_tokens=context,
         decode_tokens_per_s=1 / decode,
-        prefill_tokens_per_s=1 / max(per_prompt_token, overhead / max(context, 1)),
+        prefill_tokens_per_s=prompt / prefill,
     )
 
 
@@ -181,7 +191,8 @@ def bundle_bytes(config: Mapping[str, Any], precision: Precision) -> int:
     """Return the bytes of all files of the bundle."""
     stored, _ = weight_bytes(config, precision)
     graph = GRAPH_BYTES + int(config["num_hidden_layers"]) * LAYER_GRAPH_BYTES
-    return stored + graph + CONFIG_BYTES + TOKENIZER_BYTES_PER_ENTRY * int(config["vocab_size"])
+    fixed = CONFIG_BYTES + RUNNER.stat().st_size
+    return stored + graph + fixed + TOKENIZER_BYTES_PER_ENTRY * int(config["vocab_size"])
 
 
 def weight_bytes(config: Mapping[str, Any], precision: Precision) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Targets: what is known of a device, read from ``profiles/targets/NAME.yaml`` or from a file of the user's.
 
-`load_target` reads one, `list_targets` names the built-in ones, `unlike` tells in what a machine is not one. Every
-figure of a built-in target has its public source in a comment beside it. Knows nothing of models: what fits a target is
-`deploy.sizing`'s question.
+`load_target` reads one, `list_targets` names the built-in ones, `find_target` gives the file of one, `unlike` tells in
+what a machine is not one. Every figure of a built-in target has its public source in a comment beside it. Knows nothing
+of models: what fits a target is `deploy.sizing`'s question.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from compress.errors import ProfileError, TargetError
 from compress.names import nearest
 from compress.yaml_reader import KeyPath, read_yaml_file
 
+NAME = r"^[a-z0-9][a-z0-9.-]*$"
 SUFFIXES = (".yaml", ".yml")
 Format = Literal["onnx", "gptq"]
 
@@ -27,7 +28,7 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     edgestill: Literal[1] = Field(description="version of this file's form")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="the file's name without .yaml")
+    name: str = Field(pattern=NAME, description="the file's name without .yaml")
     description: str = Field(description="one line: which device, which variant")
     cpu: str = Field(description="processor")
     isa: list[str] = Field(min_length=1, description="architecture, then instruction sets as /proc/cpuinfo names them")
@@ -40,7 +41,15 @@ class Target(BaseModel):
     compute_efficiency: float = Field(0.3, gt=0, le=1, description="share of that peak that prefill reaches")
     storage_bytes: int = Field(ge=1, description="storage that a bundle may take")
     storage_read_bytes_per_s: float = Field(gt=0, description="sequential read")
-    runtime: Literal["onnxruntime-genai"] = Field(description="what runs the bundle there")
+    code_ops_per_s: float | None = Field(
+        None, gt=0, description="products of 4-bit codes with a prompt's 8-bit activations, measured; left out: as fp32"
+    )
+    code_row_ops_per_s: float | None = Field(
+        None, gt=0, description="the same with one token; left out: as with a prompt"
+    )
+    node_seconds: float = Field(2e-6, gt=0, description="time of one small operator in the runtime, with no arithmetic")
+    runtime: Literal["onnxruntime-genai", "onnxruntime-web"] = Field(description="what runs the bundle there")
+    runtime_note: str | None = Field(None, description="what a bundle for it cannot do there, or needs; is told")
     formats: list[Format] = Field(min_length=1, description="export formats that make sense for it")
     context_tokens: int = Field(2048, ge=16, description="context at which memory is estimated")
 
@@ -60,6 +69,16 @@ class Target(BaseModel):
         """Arithmetic that prefill can expect, in fp32 operations per second."""
         return self.fp32_flops_per_s * self.compute_efficiency
 
+    def product_ops_per_s(self, *, coded: bool, rows: int) -> float:
+        """Arithmetic that products of ``rows`` tokens can expect, with weights as codes or as they are."""
+        found = self.code_row_ops_per_s if rows == 1 else None
+        return (found or self.code_ops_per_s or self.flops_per_s) if coded else self.flops_per_s
+
+    @property
+    def notes(self) -> list[str]:
+        """What whoever plans, exports or times a bundle for it should be told."""
+        return [] if self.runtime_note is None else [f"{self.name}: {self.runtime_note}"]
+
 
 def built_in_targets() -> Path:
     """The folder of the built-in targets, in a checkout and in an installed wheel alike."""
@@ -77,7 +96,7 @@ def load_target(name_or_path: str | Path) -> Target:
     Raises:
         TargetError: there is no such target, or its file is wrong (file and line, key, what is allowed).
     """
-    path = _find(str(name_or_path))
+    path = find_target(str(name_or_path))
     try:
         document = read_yaml_file(path)
     except ProfileError as error:
@@ -127,7 +146,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _find(text: str) -> Path:
+def find_target(text: str) -> Path:
+    """Return the file of a built-in target by its name, or the file ``text``.
+
+    Raises:
+        TargetError: there is neither.
+    """
     path, known = Path(text), list_targets()
     if text in known:
         return built_in_targets() / f"{text}.yaml"

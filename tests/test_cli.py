@@ -363,8 +363,8 @@ def test_export_writes_a_bundle_and_says_what_it_counts(exported: tuple[Result, 
     assert result.exit_code == 0, result.output
     size = sum(path.stat().st_size for path in bundle.iterdir() if path.is_file())
     assert f"bundle_bytes: {size}\n" in result.stdout
-    assert "bundle_bytes counts the 5 files that the runtime opens" in result.stdout
-    assert "gptq/ (gptq_bytes) is not needed on the device and not counted" in result.stdout
+    assert "bundle_bytes counts the 6 files that go to the device" in result.stdout
+    assert "gptq/ (gptq_bytes) is not needed there and not counted" in result.stdout
     assert result.stdout.endswith(f"wrote {bundle}\n")
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["bundle", "plain", "q"]
 

@@ -63,6 +63,7 @@ def test_a_cut_line_is_seen():
 def test_every_command_of_the_readme_exists():
     named = set(re.findall(r"^    edgestill ([a-z]+)", README, re.M))
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     assert named
     assert named <= known
     for command in sorted(named):

@@ -6,6 +6,7 @@ import pytest
 
 from compress import charts
 from compress.errors import StoreError
+from compress.recording import local_estimates
 from compress.report import render, write_report
 
 
@@ -123,6 +124,32 @@ def test_gate_table_tells_what_was_measured_beside_the_end_that_was_judged(recor
     page = render(record)
     row = re.search(r"<td>at most 0.02 below the teacher</td>(.*?)</tr>", page, re.DOTALL)[1]
     assert re.findall(r'<td class="n">([^<]*)</td>', row)[:3] == ["0.011", "0.0040 to 0.0170", "0.017"]
+
+
+def test_estimates_stand_beside_what_was_measured_with_their_error(record):
+    record["estimates"].append(
+        {"what": "decode on raspberry-pi-5", "unit": "tokens/s", "estimated": 90.0, "measured": None}
+    )
+    bench_stage = stage("deploy.bench.local", 5.0) | {"stage": "deploy.bench"}
+    bench_stage["metrics"] = {
+        "prefill_tokens_per_s": 9000.0, "decode_tokens_per_s": 2000.0, "peak_memory_bytes": 80_000_000,
+        "local_estimate": {
+            "prefill_tokens_per_s": 18000.0, "decode_tokens_per_s": 1500.0, "peak_memory_bytes": 76_000_000,
+        },
+    }  # fmt: skip
+    older = stage("deploy.bench.torch", 5.0) | {"stage": "deploy.bench", "metrics": {"decode_tokens_per_s": 9.0}}
+    record["estimates"] += local_estimates([*record["stages"], older, bench_stage])
+    page = render(record)
+    rows = {
+        row[0]: row[1:]
+        for row in (re.findall(r"<td[^>]*>([^<]*)</td>", text) for text in page.split("<tr>"))
+        if len(row) == 5
+    }
+    assert rows["bundle size"] == ["1 MB", "1.05 MB", "0.95", "-5 %"]
+    assert rows["decode on raspberry-pi-5"] == ["90 tokens/s", "not measured", "", ""]
+    assert rows["prefill of the bundle here"] == ["18,000 tokens/s", "9,000 tokens/s", "2.00", "+100 %"]
+    assert rows["decode of the bundle here"] == ["1,500 tokens/s", "2,000 tokens/s", "0.75", "-25 %"]
+    assert rows["peak memory of the bundle here"] == ["76 MB", "80 MB", "0.95", "-5 %"]
 
 
 def test_text_from_the_user_is_escaped(record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from compress import cli
 from compress.pipeline import run
 from compress.profile import load_profile
 from compress.progress import Progress
@@ -73,6 +76,54 @@ def manifests(record: RunRecord) -> dict[str, object]:
         for stage in record["stages"]
     }
     return {name: manifest["files"] for name, manifest in read.items()}
+
+
+def test_the_bundle_tells_every_step_that_led_to_it(unbroken: RunRecord, profile: Path) -> None:
+    """With parameters and figures that are the same each time, and what came in from outside."""
+    bundle = Path(unbroken["bundle"] or "")
+    text = (bundle / "bundle.json").read_text(encoding="utf-8")
+    told = json.loads(text)
+    before = [stage for stage in unbroken["stages"] if stage["stage"].startswith(("data.", "model."))]
+    wanted = [stage["name"].partition(" ")[0] for stage in before if not stage["name"].endswith("of test")]
+    assert [f"{step['stage']}.{step['method']}" for step in told["steps"]] == [*wanted, "deploy.export.bundle"]
+    steps = {step.get("id"): step for step in told["steps"]}
+    for stage in before:
+        if stage["key"] in steps:
+            assert steps[stage["key"]]["params"] == stage["params"]
+            assert steps[stage["key"]]["inputs"] == stage["inputs"]
+    figures = {step["stage"]: step.get("figures", {}) for step in told["steps"]}
+    assert figures["model.quantization"]["bits"] == 4
+    assert figures["model.quantization"]["kl"] > 0
+    assert figures["model.distillation"]["validation_loss"] > 0
+    assert "seconds" not in figures["model.distillation"]
+    origins = {one["role"]: one for one in told["origins"]}
+    assert sorted(origins) == ["pool", "teacher"]
+    assert (origins["pool"]["name"], origins["pool"]["licence"]) == ("pool.jsonl", "not stated")
+    assert origins["teacher"]["identity"] == unbroken["teacher"]["identity"]
+    assert str(profile.parent) not in text
+
+
+def test_a_packed_bundle_holds_what_the_run_measured(unbroken: RunRecord, tmp_path: Path) -> None:
+    pytest.importorskip("zstandard", reason="zstandard is not installed: make setup")
+    bundle = Path(unbroken["bundle"] or "")
+    run_file = bundle.parents[1] / "runs" / unbroken["id"] / "run.json"
+    command = ["pack", str(bundle), "--run", str(run_file), "--out", str(tmp_path / "b.tar.zst")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    from deploy.archive import bundle_folder
+
+    with bundle_folder(tmp_path / "b.tar.zst") as folder:
+        measured = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["measured"]
+    assert measured["ledger"] == unbroken["ledger"]
+    assert measured["gate"] == unbroken["gate"]
+    assert [step["name"] for step in measured["steps"]] == [stage["name"] for stage in unbroken["stages"]]
+    assert "path" not in measured["teacher"]
+    other = shutil.copytree(bundle, tmp_path / "other")
+    (other / "bundle.json").write_text((other / "bundle.json").read_text() + "\n")
+    wrong = CliRunner().invoke(
+        cli.app, ["pack", str(other), "--run", str(run_file), "--out", str(tmp_path / "c.tar.zst")]
+    )
+    assert (wrong.exit_code, "made another bundle than" in wrong.stderr) == (2, True)
 
 
 def test_all_stages_and_the_gate(unbroken: RunRecord) -> None:

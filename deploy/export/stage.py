@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 from compress.context import StageContext, StageResult
 from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
+from compress.files import licence_of
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, Bundle, write_bundle
+from deploy.bundle import GPTQ_FOLDER, RUNNER, RUNNER_FILE, Bundle, write_bundle
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
 from deploy.sizing import Precision, check_fit, estimate
-
-NOT_STATED = "not stated"
-_CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)
 
 
 def export(params: ExportParams, ctx: StageContext) -> StageResult:
@@ -45,7 +42,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         "formats": sorted(set(params.formats)),
         "model": _model_facts(config),
         "licence": params.licence or licence_of(source),
-        "provenance": _provenance(source),
+        **_history(params, ctx, source),
         "target": None if ctx.target is None else ctx.target.name,
     }
     result = StageResult(metrics={"parameters": parameter_count(config)})
@@ -64,8 +61,8 @@ def _counted(bundle: Bundle) -> str:
     """What ``bundle_bytes`` counts, where a folder holds more than the runtime opens."""
     if "onnx" in bundle.formats:
         return (
-            f"bundle_bytes counts the {len(bundle.shipped)} files that the runtime opens, with bundle.json; the GPTQ "
-            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed on the device and not counted"
+            f"bundle_bytes counts the {len(bundle.shipped)} files that go to the device, with bundle.json; the GPTQ "
+            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed there and not counted"
         )
     return (
         f"bundle_bytes counts the GPTQ checkpoint in {GPTQ_FOLDER}/, with bundle.json; there is no ONNX model, so "
@@ -109,6 +106,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     ctx.progress.say("writing the ONNX model")
     report = write_onnx(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)
+    (ctx.out / RUNNER_FILE).write_bytes(RUNNER.read_bytes())
     ctx.progress.say("proving that it computes what the checkpoint computes")
     parity = check(
         ctx.out,
@@ -119,7 +117,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         threads=ctx.threads,
         work=ctx.work,
     )
-    result.notes += report.notes
+    result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
     if parity.shipped.top1 < 1:
         result.notes.append(_said(parity))
     result.metrics |= {
@@ -182,22 +180,25 @@ def _model_facts(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def licence_of(folder: Path) -> str:
-    """Return the licence that a model card (README.md) names in its front matter, else "not stated"."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return NOT_STATED
-    found = _CARD_LICENCE.search(card.read_text(encoding="utf-8", errors="replace"))
-    return found[1].strip() if found else NOT_STATED
+def _history(params: ExportParams, ctx: StageContext, source: Path) -> dict[str, Any]:
+    """Every step that led here, this one last, and what came in from outside, with its licence.
+
+    Outside of a run the steps are not known, but for the last one, which a checkpoint of edgestill's own tells.
+    """
+    origins = list(ctx.lineage.get("origins", [])) or [{"role": "model", "licence": licence_of(source)}]
+    own = {"stage": "deploy.export", "method": "bundle", "params": params.model_dump(mode="json"), "seed": ctx.seed}
+    return {"steps": [*(ctx.lineage.get("steps") or _last_step(source)), own], "origins": origins}
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    """Return stage and parameters of the step that made the checkpoint, when it says so."""
+def _last_step(folder: Path) -> list[dict[str, Any]]:
+    """What the checkpoint says of the step that made it; nothing when it is not one of ours."""
     path = folder / METADATA_FILE
     if not path.is_file():
-        return {}
+        return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(str(path), f"cannot be read as JSON ({error})") from error
-    return {key: found[key] for key in ("stage", "params", "teacher", "student") if key in found}
+    stage, _, method = str(found.get("stage", "")).rpartition(".")
+    kept = {key: found[key] for key in ("params", "teacher", "student") if key in found}
+    return [{"stage": stage, "method": method, **kept}]

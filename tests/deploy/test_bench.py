@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from compress.model.checkpoint import read_config
 from deploy import bench as bench_module
 from deploy import sizing
 from deploy.bench import BENCH_FILE, bench, bench_bundle, target_estimate
+from deploy.bundle import BUNDLE_FILE, open_bundle
 from deploy.params import BenchParams
 from deploy.sizing import Precision
 from deploy.targets import load_target
@@ -28,7 +30,7 @@ def test_the_record_is_whole_and_agrees_with_itself(bundle: Path, quantized: Pat
     found = result.metrics
     assert json.loads((ctx.out / BENCH_FILE).read_text(encoding="utf-8")) == found
     assert found["runtime"] == "onnxruntime-genai int4"
-    assert (found["threads"], found["repeats"], found["warmup"]) == (1, 3, 1)
+    assert (found["where"], found["threads"], found["repeats"], found["warmup"]) == ("local", 1, 3, 1)
     for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s"):
         assert 0 < found[name]["low"] <= found[name]["median"] <= found[name]["high"]
     assert found["prefill_tokens_per_s"] == pytest.approx(16 / found["prefill_s"]["median"])
@@ -53,10 +55,26 @@ def test_the_target_is_estimated_beside_the_measurement(bundle: Path, quantized:
     assert found == target_estimate(bundle, target, params)
     assert result.notes[0] == f"target_estimate is reckoned for {PI}; nothing was measured there"
     wanted = sizing.estimate(config, Precision.of_checkpoint(quantized, config), target, 24)
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"):
+    for name in ("decode_tokens_per_s", "peak_memory_bytes"):
         assert found[name] == pytest.approx(getattr(wanted, name), rel=0.05)
+    whole = sizing.estimate_of_bundle(open_bundle(bundle), target, 24)  # all 24 tokens read at once, as in `wanted`
+    assert whole.prefill_tokens_per_s == pytest.approx(wanted.prefill_tokens_per_s, rel=0.05)
+    assert found["prefill_tokens_per_s"] < whole.prefill_tokens_per_s  # the operators' time is shared by fewer tokens
     assert found["first_token_s"] == pytest.approx(16 / found["prefill_tokens_per_s"])
     assert found["decode_tokens_per_s"] != pytest.approx(result.metrics["decode_tokens_per_s"], rel=1e-6)
+
+
+def test_the_error_of_the_estimate_on_this_machine_is_known(bundle: Path, tmp_path: Path) -> None:
+    ctx = context("deploy.bench.local", tmp_path / "out", inputs={"bundle": bundle})
+    metrics = bench(BenchParams(prompt_tokens=16, new_tokens=8, repeats=3), ctx).metrics
+    found = metrics["local_estimate"]
+    assert found["target"] == "this-machine"
+    assert found["peak_memory_bytes"] == pytest.approx(metrics["peak_memory_bytes"], rel=0.35)
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        assert 0.02 < found[name] / metrics[name] < 50  # the two are timed at other moments of a busy machine
+    rates, overhead = found["rates"], (2 * 11 + 8) * found["rates"]["node_seconds"]
+    assert 1 / found["decode_tokens_per_s"] > overhead
+    assert rates["threads"] == 1
 
 
 def test_the_command_tells_measurement_from_estimate(bundle: Path) -> None:
@@ -67,10 +85,24 @@ def test_the_command_tells_measurement_from_estimate(bundle: Path) -> None:
     assert f"estimate for {PI}, not measured" in result.stdout
     assert f"this machine is not {PI}: it " in result.stdout
     plain = CliRunner().invoke(cli.app, ["bench", str(bundle), *short]).stdout
-    assert "estimate" not in plain
+    assert "estimate from its measured rates" in plain
+    assert "estimate for" not in plain
     as_json = json.loads(CliRunner().invoke(cli.app, ["bench", str(bundle), "--target", PI, *short, "--json"]).stdout)
     assert as_json["metrics"]["target_estimate"]["target"] == PI
     assert any(note.startswith(f"this machine is not {PI}") for note in as_json["notes"])
+
+
+def test_tuned_threads_are_used_unless_others_are_asked_for(bundle: Path, tmp_path: Path) -> None:
+    tuned = Path(shutil.copytree(bundle, tmp_path / "tuned"))
+    info = json.loads((tuned / BUNDLE_FILE).read_text(encoding="utf-8"))
+    entries = {"session.intra_op.allow_spinning": "0"}
+    info["tuned"] = {"threads": 2, "prefill_chunk": 3, "device": "x", "config_entries": entries, "measured": {}}
+    (tuned / BUNDLE_FILE).write_text(json.dumps(info), encoding="utf-8")
+    short = ["--set", "repeats=1", "--set", "prompt_tokens=8", "--set", "new_tokens=4", "--json"]
+    for options, threads in (([], 2), (["--threads", "1"], 1)):
+        done = CliRunner().invoke(cli.app, ["bench", str(tuned), *options, *short])
+        found = json.loads(done.stdout)["metrics"]
+        assert (found["threads"], found["tuned"]) == (threads, True)
 
 
 def test_lengths_beyond_the_context_are_refused(bundle: Path) -> None:
@@ -78,7 +110,16 @@ def test_lengths_beyond_the_context_are_refused(bundle: Path) -> None:
         bench_bundle(bundle, prompt_tokens=200, new_tokens=100)
 
 
-def test_a_failure_of_the_measuring_process_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module.json, "dumps", lambda _: "no json")
-    with pytest.raises(EdgestillError, match=r"bench: the measuring process failed: .*JSONDecodeError"):
+def test_a_failure_of_the_measuring_process_is_told(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.py").write_text("raise RuntimeError('out of luck')", encoding="utf-8")
+    monkeypatch.setattr(bench_module, "RUNNER", tmp_path / "run.py")
+    with pytest.raises(EdgestillError, match=r"bench local: the measuring process failed: RuntimeError: out of luck"):
+        bench_bundle(bundle, prompt_tokens=4, new_tokens=4, repeats=1)
+    (tmp_path / "run.py").write_text("print('hello')", encoding="utf-8")
+    with pytest.raises(EdgestillError, match=r"bench local: the runner's answer is not JSON: 'hello"):
+        bench_bundle(bundle, prompt_tokens=4, new_tokens=4, repeats=1)
+    (tmp_path / "run.py").write_text('print(\'{"threads": 1, "speed": 2}\')', encoding="utf-8")
+    with pytest.raises(EdgestillError, match=r"the runner's record has other fields: .*speed"):
         bench_bundle(bundle, prompt_tokens=4, new_tokens=4, repeats=1)

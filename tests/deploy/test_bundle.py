@@ -29,7 +29,9 @@ def test_a_whole_bundle_opens_and_says_what_it_is(bundle: Path) -> None:
     assert opened.bytes == bundle_bytes(bundle) == sum(path.stat().st_size for path in bundle.iterdir())
     assert set(opened.info["files"]) == {path.name for path in bundle.iterdir()} - {BUNDLE_FILE}
     assert opened.info["parity"]["exact"]["top1"] == 1.0
-    assert opened.info["provenance"]["stage"] == "model.quantization.rtn"
+    assert [step["stage"] for step in opened.info["steps"]] == ["model.quantization", "deploy.export"]
+    assert opened.info["steps"][0]["params"]["bits"] == 4
+    assert opened.info["origins"] == [{"role": "model", "licence": "not stated"}]
 
 
 def test_the_bundle_names_no_path_and_no_time(bundle: Path) -> None:

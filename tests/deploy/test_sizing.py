@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from compress.errors import TargetError
 from compress.model.checkpoint import read_config
 from compress.model.quantization.params import RtnParams
 from deploy import sizing
-from deploy.bundle import bundle_bytes, open_bundle
+from deploy.bundle import RUNNER, bundle_bytes, open_bundle
 from deploy.export.onnx import OnnxOptions, write_onnx
 from deploy.export.tokenizer import write_tokenizer
 from deploy.sizing import Precision
@@ -53,6 +54,7 @@ def test_other_bits_for_some_linears_are_counted(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     report = write_onnx(source, tmp_path / "out", options=OnnxOptions())
     write_tokenizer(source, tmp_path / "out")
+    shutil.copy(RUNNER, tmp_path / "out")
     precision = Precision.of_checkpoint(source, read_config(source))
     assert {bits for bits, _ in precision.others.values()} == {2, 4, 8, 16}
     stored, read = sizing.weight_bytes(read_config(source), precision)
@@ -80,6 +82,7 @@ def test_estimates_from_parameters_hold_for_other_shapes(
     (tmp_path / "out").mkdir()
     write_onnx(source, tmp_path / "out", options=OnnxOptions())
     write_tokenizer(source, tmp_path / "out")
+    shutil.copy(RUNNER, tmp_path / "out")
     precision = Precision.of_params(params | {"embedding_bits": 8} if params else {})
     written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert sizing.bundle_bytes(read_config(plain), precision) == pytest.approx(written, rel=0.06)

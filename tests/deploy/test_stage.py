@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from compress.data.rows import chat_row, write_rows
 from compress.errors import ModelError, ParityError, TargetError
+from compress.files import NOT_STATED, licence_of
 from compress.model.checkpoint import load_model
 from deploy.bundle import bundle_bytes, open_bundle
 from deploy.export import onnx as onnx_export
-from deploy.export import stage
 from deploy.export.codes import Coded
-from deploy.export.stage import export, licence_of
+from deploy.export.stage import export
 from deploy.params import ExportParams
 from deploy.targets import Target, load_target
 from tests.deploy.tools import context
@@ -72,7 +72,7 @@ def test_a_context_longer_than_the_targets_is_cut(quantized: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"storage_bytes": 50_000}, r"target x86-laptop-avx2: the bundle needs about 6\d\.?\d* kB of storage"),
+        ({"storage_bytes": 50_000}, r"target x86-laptop-avx2: the bundle needs about 9\d\.?\d* kB of storage"),
         ({"usable_memory_bytes": 30_000_000}, r"running the bundle needs about 69.* MB of memory.*at most 30 MB"),
         ({"formats": ["gptq"]}, r"target x86-laptop-avx2: format onnx; expected one of gptq"),
     ],
@@ -126,11 +126,11 @@ def test_another_architecture_names_the_supported_ones(plain: Path, tmp_path: Pa
 
 
 def test_the_licence_comes_from_the_model_card(tmp_path: Path) -> None:
-    assert licence_of(tmp_path) == stage.NOT_STATED
+    assert licence_of(tmp_path) == NOT_STATED
     (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Model\n", encoding="utf-8")
     assert licence_of(tmp_path) == "apache-2.0"
     (tmp_path / "README.md").write_text("# Model\n\nlicense: none\n", encoding="utf-8")
-    assert licence_of(tmp_path) == stage.NOT_STATED
+    assert licence_of(tmp_path) == NOT_STATED
 
 
 @pytest.mark.parametrize("value", [{"accuracy_level": 2}, {"formats": []}, {"formats": ["gguf"]}, {"max_kl": 0.0}])

@@ -21,10 +21,32 @@ def test_built_in_targets_are_read_and_plausible(name: str) -> None:
 
 
 def test_the_promised_targets_are_there_with_their_sources() -> None:
-    assert {"raspberry-pi-5", "x86-laptop-avx2"} <= set(list_targets())
+    assert set(list_targets()) == {
+        "android-arm64", "iphone-arm64", "jetson-orin-nano", "raspberry-pi-4", "raspberry-pi-5", "wasm-browser",
+        "x86-avx512-vnni", "x86-laptop-avx2",
+    }  # fmt: skip
     for name in list_targets():
         text = (built_in_targets() / f"{name}.yaml").read_text(encoding="utf-8")
         assert text.count("# http") + text.count(": http") >= 3, f"{name}: figures without their source"
+
+
+def test_every_figure_stands_under_a_comment_that_says_where_it_is_from() -> None:
+    for name in list_targets():
+        block: list[str] = []  # lines since the last empty one
+        for line in (built_in_targets() / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+            block = [*block, line] if line else []
+            figure = line.partition(":")[0].endswith(("_s", "_bytes", "cores", "isa", "_efficiency", "_seconds"))
+            if figure and not line.startswith(" "):
+                assert any(other.startswith("#") for other in block), f"{name}: {line}"
+
+
+def test_where_the_bundles_own_runner_cannot_run_the_target_says_so() -> None:
+    said = {name: " ".join(load_target(name).notes) for name in list_targets()}
+    assert "there is no onnxruntime-genai for browsers" in said["wasm-browser"]
+    assert "iOS runs no Python" in said["iphone-arm64"]
+    assert "Android has no Python wheel" in said["android-arm64"]
+    assert said["raspberry-pi-4"] == said["raspberry-pi-5"] == ""
+    assert [name for name in said if load_target(name).runtime != "onnxruntime-genai"] == ["wasm-browser"]
 
 
 def test_an_unknown_target_names_the_nearest() -> None:

@@ -1,0 +1,593 @@
+#!/usr/bin/env python3
+"""Runs the bundle that it lies in: answers a text, chats, measures speed, checks the files.
+
+    python run.py "turn on the light"    one answer, as it comes; --raw: the text as it is, without the chat template
+    python run.py --chat                 a conversation
+    python run.py --bench                one line of JSON: speed, memory; energy and temperature where the device tells
+    python run.py --check                SHA-256 of every file against bundle.json
+
+Needs onnxruntime-genai and numpy alone. It is copied into every bundle as it stands here, and `edgestill bench` runs
+this same file, here and on a device: there is one way of measuring. Settings are those of the command line, else of
+``tuned`` in bundle.json, else of genai_config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
+VECTOR = re.compile(r"sse4|avx|fma$|f16c|amx|neon|asimd|sve|i8mm|bf16")  # instruction sets that a record names
+COLD = "the device offers no temperature in hwmon or thermal zones"
+# A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
+SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
+
+
+class Fault(Exception):
+    """What the user reads instead of a traceback, with exit code 1."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; Fault when it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path}: cannot be read ({error}). Copy the bundle again") from error
+    if not isinstance(found, dict):
+        raise Fault(f"{path}: not a JSON object. Copy the bundle again")
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def damaged(folder: Path, info: dict[str, Any]) -> list[str]:
+    """One line for each file of ``info`` that is missing or altered."""
+    lines = []
+    for name, facts in info.get("files", {}).items():
+        path = folder / name
+        if Path(name).name != name:
+            lines.append(f"{name!r}: not a plain file name")
+        elif not path.is_file():
+            lines.append(f"{name}: missing")
+        elif path.stat().st_size != facts["bytes"]:
+            lines.append(f"{name}: {path.stat().st_size} bytes, expected {facts['bytes']}")
+        elif sha256_of(path) != facts["sha256"]:
+            lines.append(f"{name}: its content changed (SHA-256 differs)")
+    return lines
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the runtime is opened; ``prefill_chunk`` prompt tokens are read at once, all where it is None."""
+
+    threads: int
+    prefill_chunk: int | None = None
+    config_entries: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: dict[str, Any], config: dict[str, Any], threads: int | None = None) -> Settings:
+        """``threads`` if given, else what was tuned, else what genai_config.json says, else the physical cores."""
+        tuned = info.get("tuned") or {}
+        session = config.get("model", {}).get("decoder", {}).get("session_options", {})
+        found = threads or tuned.get("threads") or session.get("intra_op_num_threads") or cores()
+        entries = {str(name): str(value) for name, value in (tuned.get("config_entries") or {}).items()}
+        return cls(int(found), tuned.get("prefill_chunk"), entries)
+
+
+def cores(sys_root: Path = Path("/sys")) -> int:
+    """Physical cores that this process may use; processors where the system does not tell them apart."""
+    found = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
+        found.add(_text(sys_root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu))
+    return len(found)
+
+
+def _text(path: Path) -> str:
+    """What a small file of the system says; empty when it says nothing."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def machine() -> dict[str, Any]:
+    """Facts of this machine: cpu, board, cores, memory in bytes, system, versions."""
+    info = _text(Path("/proc/cpuinfo"))
+    model = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    return {
+        "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
+        "board": _text(Path("/sys/firmware/devicetree/base/model")) or None,
+        "cores": cores(),
+        "instruction_sets": [flag for flag in flags[1].split() if VECTOR.match(flag)] if flags else [],
+        "memory_bytes": int(memory[1]) * 1024 if memory else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory_bytes() -> int | None:
+    """Highest resident set of this process so far; None where the system does not tell."""
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE)
+    if peak:
+        return int(peak[1]) * 1024
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # macOS counts bytes, others KiB
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading memory from end to end: the fastest of several dot products of a large array.
+
+    The threads are those of numpy's linear algebra, which `bench` sets before numpy loads.
+    """
+    import numpy as np
+
+    array = np.ones(READ_BYTES // 4, dtype=np.float32)
+    fastest = float("inf")
+    for _ in range(READ_REPEATS):
+        start = time.perf_counter()
+        np.dot(array, array)
+        fastest = min(fastest, time.perf_counter() - start)
+    return READ_BYTES / fastest
+
+
+def temperatures(sys_root: Path = Path("/sys")) -> dict[str, float]:
+    """Degrees Celsius by sensor, from hwmon and thermal zones; empty where there is none that can be read."""
+    found = {}
+    for path in sorted((sys_root / "class/hwmon").glob("hwmon*/temp*_input")):
+        label = _text(path.with_name(path.name.replace("_input", "_label"))) or path.name.removesuffix("_input")
+        found[f"{_text(path.parent / 'name') or path.parent.name} {label}"] = _text(path)
+    for path in sorted((sys_root / "class/thermal").glob("thermal_zone*/temp")):
+        found[f"{path.parent.name} {_text(path.parent / 'type')}".strip()] = _text(path)
+    return {name: int(text) / 1000 for name, text in found.items() if re.fullmatch(r"-?\d+", text)}
+
+
+class EnergyMeter:
+    """Joules since the last reading: RAPL counters of the CPU packages, else a discharging battery's power.
+
+    ``source`` is None, and ``reason`` says why, where the device offers neither. A battery counts the whole device,
+    RAPL the packages; both with what they draw when idle.
+    """
+
+    def __init__(self, sys_root: Path = Path("/sys"), clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.reason = clock, ""
+        zones = sorted((sys_root / "class/powercap").glob("intel-rapl:*"))
+        self.packages = [z for z in zones if z.name.count(":") == 1 and _text(z / "name").startswith("package")]
+        batteries = sorted((sys_root / "class/power_supply").glob("*"))
+        self.batteries = [b for b in batteries if _text(b / "type") == "Battery" and self._watts(b) is not None]
+        self.source: str | None = None
+        if self.packages and all(_number(zone / "energy_uj") is not None for zone in self.packages):
+            self.source = "rapl"
+        elif self.batteries and all(_text(battery / "status") == "Discharging" for battery in self.batteries):
+            self.source = "battery"
+        elif self.batteries:
+            self.reason = f"the battery is not discharging but {_text(self.batteries[0] / 'status') or 'unknown'}"
+        elif self.packages:
+            self.reason = f"{self.packages[0] / 'energy_uj'} cannot be read (on most systems by root alone)"
+        else:
+            self.reason = "the device offers no RAPL counter and no battery's power"
+        self.last = self._read()
+
+    @staticmethod
+    def _watts(battery: Path) -> float | None:
+        power, current, voltage = (_number(battery / f"{name}_now") for name in ("power", "current", "voltage"))
+        if power is not None:
+            return abs(power) / 1e6  # microwatts; some drivers count the discharge as negative
+        return None if current is None or voltage is None else abs(current) * voltage / 1e12  # microamperes, microvolts
+
+    def _read(self) -> tuple[float, list[float]]:
+        if self.source == "rapl":
+            return self.clock(), [_number(zone / "energy_uj") or 0 for zone in self.packages]
+        if self.source == "battery":
+            return self.clock(), [self._watts(battery) or 0.0 for battery in self.batteries]
+        return self.clock(), []
+
+    def joules(self) -> float | None:
+        """Joules since the last call, or since the meter was made; None without a source."""
+        before, now = self.last, self._read()
+        self.last = now
+        if self.source == "rapl":
+            steps = [after - first for first, after in zip(before[1], now[1], strict=True)]
+            whole = [_number(zone / "max_energy_range_uj") or 0 for zone in self.packages]
+            return sum(step + top if step < 0 else step for step, top in zip(steps, whole, strict=True)) / 1e6
+        if self.source == "battery":
+            return (sum(before[1]) + sum(now[1])) / 2 * (now[0] - before[0])
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+class Runner:
+    """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime."""
+
+    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+        og = runtime(info)
+        config_file = read_json(folder / GENAI_CONFIG)
+        model = config_file["model"]
+        ends = model.get("eos_token_id")
+        self.og, self.settings, self.folder = og, settings, folder
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
+        session = {"inter_op_num_threads": 1, **settings.config_entries, "intra_op_num_threads": settings.threads}
+        try:
+            config = og.Config(str(folder))
+            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": session}}}))
+            self.model = og.Model(config)
+        except RuntimeError as error:  # what the runtime raises for everything
+            raise Fault(f"{folder}: onnxruntime-genai cannot open it: {str(error)[:300]}") from error
+
+    def start(self, max_length: int) -> Any:
+        """A greedy generator of one sequence of at most ``max_length`` tokens."""
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=1)
+        return self.og.Generator(self.model, params)
+
+    def prefill(self, generator: Any, ids: Sequence[int]) -> None:
+        """Read ``ids``, in pieces where the settings say so."""
+        import numpy as np
+
+        step = self.settings.prefill_chunk or len(ids)
+        for at in range(0, len(ids), step):
+            generator.append_tokens(np.asarray(ids[at : at + step], dtype=np.int32))
+
+    def tokens(self, generator: Any, most: int) -> Iterator[int]:
+        """Generate until an end or ``most`` tokens; ends are not given."""
+        for _ in range(most):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self.ends:
+                return
+            yield token
+
+
+def runtime(info: dict[str, Any]) -> Any:
+    """The module onnxruntime_genai; Fault with the command that installs it."""
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        version = info.get("onnx", {}).get("runtime", {}).get("onnxruntime-genai")
+        package = "onnxruntime-genai" + (f"=={version}" if version else "")
+        do = f"{sys.executable} -m pip install {package} numpy"
+        raise Fault(f"onnxruntime-genai cannot be loaded ({error}). Install it with: {do}") from error
+    return onnxruntime_genai
+
+
+class Text:
+    """Text to token ids and back, as the model was trained to see it."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.tokenizer = runner.og.Tokenizer(runner.model)
+        settings = runner.folder / "tokenizer_config.json"
+        bos = read_json(settings).get("bos_token") if settings.is_file() else None
+        self.bos = bos.get("content") if isinstance(bos, dict) else bos
+
+    def raw(self, text: str) -> list[int]:
+        """Token ids of a text to be continued: the token that begins a text, where there is one, and the text."""
+        ids = [int(i) for i in self.tokenizer.encode(text)]
+        start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
+        return ids if ids[:1] == start else start + ids
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to the place where the model answers.
+
+        Raises Fault when the bundle has no chat template, or one that the runtime cannot render.
+        """
+        told = json.dumps(list(messages))
+        try:
+            text = self.tokenizer.apply_chat_template(told, add_generation_prompt=True)
+        except RuntimeError as error:
+            got = f"the bundle has no chat template that the runtime can render ({str(error)[:200]})"
+            raise Fault(f"{got}. Use --raw, which gives the text as it is") from error
+        return [int(i) for i in self.tokenizer.encode(text)]
+
+
+def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> None:
+    """Say the continuation of ``ids`` piece by piece; Fault when they leave no room in the context."""
+    room = runner.context - len(ids)
+    if not ids or room < 1:
+        raise Fault(f"the prompt has {len(ids)} tokens; expected 1 to {runner.context - 1}, the bundle's context")
+    steps = min(max_new_tokens, room)
+    generator = runner.start(len(ids) + steps)
+    runner.prefill(generator, ids)
+    stream = text.tokenizer.create_stream()  # part of a character adds no text yet
+    for token in runner.tokens(generator, steps):
+        say(stream.decode(token))
+
+
+class Conversation:
+    """A chat that keeps its turns, and the KV cache of what both turns have in common."""
+
+    def __init__(self, runner: Runner, text: Text, head: list[dict[str, str]], max_new_tokens: int) -> None:
+        self.runner, self.text, self.head, self.max_new_tokens = runner, text, head, max_new_tokens
+        self.turns: list[dict[str, str]] = []
+        self.generator: Any = None
+
+    def ask(self, asked: str) -> int:
+        """Say the answer to ``asked``; return how many old messages were forgotten to make room.
+
+        A turn that fails or is interrupted is not kept. Raises Fault when the message alone is too long.
+        """
+        turns = [*self.turns, {"role": "user", "content": asked}]
+        room = max(1, min(self.max_new_tokens, self.runner.context // 4))
+        forgotten = 0
+        while len(ids := self.text.chat([*self.head, *turns])) > self.runner.context - room:
+            if len(turns) < 3:
+                raise Fault(f"the message has {len(ids)} tokens; at most {self.runner.context - room} fit")
+            turns, forgotten = turns[2:], forgotten + 2  # the oldest question with its answer
+        said: list[str] = []
+        stream = self.text.tokenizer.create_stream()
+        self._read(ids)
+        for token in self.runner.tokens(self.generator, min(self.max_new_tokens, self.runner.context - len(ids))):
+            said.append(stream.decode(token))
+            say(said[-1])
+        self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+        return forgotten
+
+    def _read(self, ids: list[int]) -> None:
+        """Bring the generator to have read ``ids``: what it has read of them already is not read again."""
+        seen: list[int] = [] if self.generator is None else [int(i) for i in self.generator.get_sequence(0)]
+        same = 0
+        while same < min(len(seen), len(ids) - 1) and seen[same] == ids[same]:
+            same += 1
+        if same == 0:
+            self.generator = self.runner.start(self.runner.context)
+        elif same < len(seen):
+            self.generator.rewind_to(same)
+        self.runner.prefill(self.generator, ids[same:])
+
+
+def chat(conversation: Conversation) -> None:
+    """The loop of ``--chat``. Ctrl-C stops an answer, or the chat between answers, as Ctrl-D does; /new starts anew."""
+    person = sys.stdin.isatty()
+    say("Ctrl-C stops an answer, Ctrl-D ends, /new forgets the conversation.\n" * person)
+    while True:
+        try:
+            asked = input("> " * person).strip()
+        except (EOFError, KeyboardInterrupt):
+            say("\n")
+            return
+        if asked == "/new":
+            conversation.turns = []
+        if not asked or asked == "/new":
+            continue
+        try:
+            forgotten = conversation.ask(asked)
+            say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
+        except KeyboardInterrupt:
+            conversation.generator = None  # it stands in the middle of an answer
+            say("\n(stopped)\n")
+        except Fault as fault:
+            say(f"({fault})\n")
+
+
+def say(text: str) -> None:
+    """Write ``text`` at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What is measured: tokens of the prompt and of the answer, repeats, and repeats before that do not count."""
+
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+    repeats: int = 5
+    warmup: int = 1
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Lowest, median and highest of the repeats."""
+    return {"low": min(values), "median": statistics.median(values), "high": max(values)}
+
+
+def generate_once(runner: Runner, ids: Sequence[int], new_tokens: int, meter: EnergyMeter) -> dict[str, float | None]:
+    """Seconds and joules of reading the prompt, of that and the first token, and of the tokens after the first."""
+    generator = runner.start(len(ids) + new_tokens)
+    meter.joules()
+    start = time.perf_counter()
+    runner.prefill(generator, ids)
+    read = time.perf_counter()
+    prefill_joules = meter.joules()
+    begun = time.perf_counter()
+    generator.generate_next_token()
+    first = time.perf_counter()
+    meter.joules()
+    rest = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        generator.generate_next_token()
+    done = time.perf_counter()
+    return {
+        "prefill_s": read - start,
+        "first_token_s": read - start + first - begun,
+        "decode_s": done - rest,
+        "prefill_j": prefill_joules,
+        "decode_j": meter.joules(),
+    }
+
+
+def _energy(meter: EnergyMeter, seen: Sequence[dict[str, Any]], lengths: Lengths) -> dict[str, Any]:
+    """Joules per token of prefill and decode; None, with the reason, where the device does not tell."""
+    found: dict[str, Any] = {"source": meter.source, "reason": meter.reason or None}
+    for phase, tokens in (("prefill", lengths.prompt_tokens), ("decode", lengths.new_tokens - 1)):
+        seconds, least = sum(one[f"{phase}_s"] for one in seen), SHORTEST_S.get(meter.source or "", math.inf)
+        told = seconds >= least
+        found[f"{phase}_j_per_token"] = sum(one[f"{phase}_j"] for one in seen) / len(seen) / tokens if told else None
+        if meter.source and not told:
+            short = f"{phase} took {seconds:.3g} s in all, and {meter.source} tells nothing below {least:g} s"
+            found["reason"] = f"{found['reason']}; {short}" if found["reason"] else short
+    return found
+
+
+def bench(folder: Path, info: dict[str, Any], settings: Settings, lengths: Lengths, *,
+          bandwidth: bool = True, sys_root: Path = Path("/sys")) -> dict[str, Any]:  # fmt: skip
+    """Measure the bundle in this process, which should be a fresh one: a record of JSON values.
+
+    Seconds, bytes, tokens per second, joules per token; rates are those of the median repeat.
+    """
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(settings.threads)))  # before numpy loads
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the time before, not of this work
+    if lengths.new_tokens < 2 or lengths.warmup < 0:
+        raise Fault("--bench needs --new-tokens of 2 or more and --warmup of 0 or more")
+    context = int(info["onnx"]["context_tokens"])
+    if lengths.prompt_tokens + lengths.new_tokens > context:
+        raise Fault(f"{lengths.prompt_tokens} prompt and {lengths.new_tokens} new tokens; at most {context} together")
+    og = runtime(info)
+    import numpy  # noqa: F401 - loaded now, so that it counts as base memory
+
+    base, start = peak_memory_bytes(), time.perf_counter()
+    runner = Runner(folder, info, settings)
+    load_s = time.perf_counter() - start
+    first_id = min(5, runner.vocabulary - 1)
+    ids = [first_id + at % max(1, runner.vocabulary - first_id) for at in range(lengths.prompt_tokens)]
+    meter, before = EnergyMeter(sys_root), temperatures(sys_root)
+    seen = [generate_once(runner, ids, lengths.new_tokens, meter) for _ in range(lengths.warmup + lengths.repeats)]
+    seen = seen[lengths.warmup :]
+    after, peak = temperatures(sys_root), peak_memory_bytes()
+    read = read_bandwidth() if bandwidth else None
+    bits = info["model"].get("bits")
+    return {
+        "runtime": f"onnxruntime-genai {'fp32' if bits is None else f'int{bits}'}",
+        "runtime_version": getattr(og, "__version__", None),
+        "threads": settings.threads,
+        "tuned": bool(info.get("tuned")),
+        **vars(lengths),
+        **_rates(seen, lengths, int(info["onnx"]["read_per_token_bytes"]), read),
+        "load_s": load_s,
+        "peak_memory_bytes": peak,
+        "base_memory_bytes": base,
+        "load_average": load_average,
+        "energy": _energy(meter, seen, lengths),
+        "temperature": {"before_c": before or None, "after_c": after or None, "reason": None if after else COLD},
+        "machine": machine(),
+    }
+
+
+def _rates(seen: Sequence[dict[str, Any]], lengths: Lengths, weights: int, read: float | None) -> dict[str, Any]:
+    """What the repeats come to: medians, spreads, and decode against the bound of reading ``weights`` bytes a token."""
+    prefill, first = (spread([one[name] for one in seen]) for name in ("prefill_s", "first_token_s"))
+    decode = spread([one["decode_s"] / (lengths.new_tokens - 1) for one in seen])
+    bound = None if read is None else read / weights
+    return {
+        "prefill_tokens_per_s": lengths.prompt_tokens / prefill["median"],
+        "decode_tokens_per_s": 1 / decode["median"],
+        "first_token_s": first["median"],
+        "prefill_s": prefill,
+        "decode_s_per_token": decode,
+        "first_token_spread_s": first,
+        "weight_bytes": weights,
+        "memory_bandwidth_bytes_per_s": read,
+        "read_bound_tokens_per_s": bound,
+        "read_bound_share": None if bound is None else 1 / decode["median"] / bound,
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="run.py", description="Runs the bundle that this file lies in.")
+    add = found.add_argument
+    add("text", nargs="?", help="what to answer; - reads it from standard input")
+    add("--chat", action="store_true", help="a conversation")
+    add("--bench", action="store_true", help="measure speed and memory; prints one line of JSON")
+    add("--check", action="store_true", help="check the SHA-256 of every file against bundle.json")
+    add("--raw", action="store_true", help="give the text as it is, without the chat template")
+    add("--system", help="a system message, for templates that have one")
+    add("--max-new-tokens", type=_positive, default=256, help="longest answer (256)")
+    add("--threads", type=_positive, help="CPU threads; else what was tuned, else the physical cores")
+    add("--prompt-tokens", type=_positive, default=32, help="of --bench (32)")
+    add("--new-tokens", type=_positive, default=64, help="of --bench (64)")
+    add("--repeats", type=_positive, default=5, help="of --bench (5)")
+    add("--warmup", type=int, default=1, help="repeats of --bench that do not count (1)")
+    add("--no-bandwidth", action="store_true", help="--bench does not measure reading memory (256 MiB)")
+    add("--bundle", type=Path, default=Path(__file__).resolve().parent, help="the bundle; else this file's folder")
+    add("--stop-on-eof", action="store_true", help="end when standard input is closed: whoever asked is gone")
+    return found
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
+    return value
+
+
+def _watch_input() -> None:
+    """End this process when standard input is closed; a benchmark must not go on after its caller was stopped."""
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(arguments)
+    if sum([args.chat, args.bench, args.check, args.text is not None]) != 1:
+        parser().error('give one of: a text, --chat, --bench, --check (such as: python run.py "hello")')
+    if args.stop_on_eof:
+        _watch_input()
+    try:
+        info = read_json(args.bundle / BUNDLE_FILE)
+        if args.check:
+            problems = damaged(args.bundle, info)
+            say("".join(f"{line}\n" for line in [*problems, f"{len(problems)} damaged of {len(info['files'])} files"]))
+            return 1 if problems else 0
+        settings = Settings.of(info, read_json(args.bundle / GENAI_CONFIG), args.threads)
+        if args.bench:
+            lengths = Lengths(args.prompt_tokens, args.new_tokens, args.repeats, args.warmup)
+            record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
+            say(json.dumps(record, sort_keys=True) + "\n")
+            return 0
+        runner = Runner(args.bundle, info, settings)
+        text = Text(runner)
+        head = [] if args.system is None else [{"role": "system", "content": args.system}]
+        if args.chat:
+            chat(Conversation(runner, text, head, args.max_new_tokens))
+            return 0
+        asked = sys.stdin.read() if args.text == "-" else args.text
+        ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
+        answer(runner, text, ids, args.max_new_tokens)
+        say("\n")
+    except Fault as fault:
+        print(f"run.py: error: {fault}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
