@@ -20,6 +20,7 @@ from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.losses import LossWeights
+from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable, cut
 from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.targets import (
@@ -84,6 +85,9 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
     norm = model.model.norm.weight.detach().cpu() if params.train_norms else None
     after = measure(job, trained, rows, norm)
     result = finish(job, trained, before | after | figures, norm=norm)
+    for phase in ("whole", "scales"):
+        if phase in figures:
+            copy_log(ctx.work / f"{phase}.jsonl", ctx.out / f"training_{phase}.jsonl")
     if after["kl"] > before["kl"]:
         notes.append(f"training made the divergence worse: {before['kl']:.4g} to {after['kl']:.4g} nats per token")
     result.notes += notes
