@@ -140,9 +140,9 @@ class QatParams(GptqParams):
         default="self", description="whom to learn from: the model before rounding, or the profile's teacher"
     )
     loss: Literal["cakld", "kl", "ce"] = Field(
-        default="cakld",
-        description="cakld: both KL divergences, weighted by the teacher's confidence (BitDistiller); kl: teacher to "
-        "student; ce: the labels alone",
+        default="kl",
+        description="kl: KL(teacher || student); cakld: that and its reverse, weighted by the teacher's confidence "
+        "(BitDistiller); ce: the labels alone. On stories kl gave the lowest perplexity",
     )
     confidence: float | None = Field(
         default=None,

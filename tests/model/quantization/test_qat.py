@@ -42,7 +42,7 @@ def save_then_die(run):
 _Run._save = save_then_die
 qat_stage.quantize(QatParams(**PHASES), context(Path(sys.argv[1]), Path(sys.argv[2]), out="killed"))
 """
-PHASES = QUICK | {"block_steps": 3, "scale_steps": 5}
+PHASES = QUICK | {"loss": "cakld", "block_steps": 3, "scale_steps": 5}
 
 
 def qat(root: Path, model: Path, out: str = "out", **params: Any) -> StageResult:
@@ -68,7 +68,7 @@ def test_without_steps_it_is_the_method_it_starts_from(bits: int, tmp_path: Path
 
 KINDS: list[dict[str, Any]] = [
     {},
-    {"bits": 3, "sym": True, "start": "clip", "loss": "kl"},
+    {"bits": 3, "sym": True, "start": "clip", "loss": "cakld"},
     {"bits": 2, "sym": True, "rule": "elastic", "start": "clip", "loss": "ce"},
     {"bits": 2, "sym": True, "rule": "ternary", "start": "rtn", "optimizer": "muon"},
     {"bits": 2, "block_steps": 3, "scale_steps": 3, "start": "rtn", "ignore": ["*.o_proj"], "train_norms": False},

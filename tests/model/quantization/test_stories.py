@@ -96,21 +96,22 @@ def test_making_up_for_earlier_layers_helps_and_not_by_chance(tmp_path: Path, mo
         assert wrong > plain
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_bits_trained_through_the_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less than half of GPTQ's gap after a few steps; the negative control learns what the teacher says elsewhere."""
-    held_out = [make_row(text=text) for text in stories("valid-stories.txt", 16)]
-    rows = encode_rows(held_out, load_tokenizer(MODEL), max_tokens=128, truncate=True) if MODEL.is_dir() else []
+    """Half of GPTQ's gap after 60 steps; the negative control learns what the teacher says elsewhere."""
+    contexts = [context(tmp_path, name) for name in ("gptq", "trained", "wrong")]
+    write_rows(tmp_path / "data", [make_row(text=text) for text in stories("train.txt", 1000)])
+    held_out = [make_row(text=text) for text in stories("valid-stories.txt", 60)]
+    rows = encode_rows(held_out, load_tokenizer(MODEL), max_tokens=256, truncate=True)
+    scored = batches(rows, tokens=10**6, batch_size=12, seed=0, pad_id=0)
 
-    def perplexity(name: str, **more: Any) -> float:
-        options: dict[str, Any] = {"bits": 2, "clip_steps": 8, "calibration_tokens": 5000, "calibration_draws": 1}
-        options |= {"max_tokens": 128, "batch_tokens": 1024, "validation_rows": 8, "steps": 20}
-        qat_stage.quantize(QatParams(**(options | more)), context(tmp_path, name))
-        scored = batches(rows, tokens=10**6, batch_size=16, seed=0, pad_id=0)
-        return math.exp(mean_loss(load_model(tmp_path / name), scored))
+    def perplexity(number: int, **more: Any) -> float:
+        options: dict[str, Any] = {"bits": 2, "calibration_draws": 1, "max_tokens": 128, "batch_tokens": 2048}
+        qat_stage.quantize(QatParams(**(options | {"steps": 60} | more)), contexts[number])
+        return math.exp(mean_loss(load_model(contexts[number].out), scored))
 
-    gptq, trained = perplexity("gptq", steps=0), perplexity("trained")
-    plain = math.exp(mean_loss(load_model(MODEL), batches(rows, tokens=10**6, batch_size=16, seed=0, pad_id=0)))
+    plain, gptq, trained = math.exp(mean_loss(load_model(MODEL), scored)), perplexity(0, steps=0), perplexity(1)
     honest = qat_stage.teacher_targets
 
     def elsewhere(*given: Any, **named: Any) -> Any:
@@ -123,7 +124,8 @@ def test_two_bits_trained_through_the_rounding(tmp_path: Path, monkeypatch: pyte
         return rolled, figures
 
     monkeypatch.setattr(qat_stage, "teacher_targets", elsewhere)
-    wrong = perplexity("wrong", keep="last")
+    wrong = perplexity(2, keep="last")
+    # measured with all of 120 held-out stories: plain 3.50, GPTQ 13.4, trained 7.3, the control 186
     assert plain < trained
     assert trained - plain < 0.5 * (gptq - plain)
     assert wrong > gptq
