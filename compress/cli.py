@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -323,6 +324,39 @@ def bench(
         terminal.show_local(measured, local, terminal.console())
     if foretold is not None:
         terminal.show_target(measured, foretold, terminal.console())
+
+
+@app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, as written by export or run.")],
+    *,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds to search.")] = 120.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else BUNDLE-tuned here.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the bundle itself.")] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of a typical request.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Answer of a typical request.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the settings under which a bundle is fastest on this machine, and write a bundle that has them."""
+    from compress import doctor
+    from deploy.params import TuneParams
+    from deploy.tune import tune as tune_bundle
+
+    if in_place and out is not None:
+        raise UserError("--in-place", "given with --out", "one of the two")
+    params = TuneParams(budget_s=budget, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    place = bundle if in_place else out or Path(f"{bundle.resolve().name}-tuned")
+    device = str(doctor.machine()["cpu"])
+    found = tune_bundle(bundle, place, params, device=device, progress=progress(quiet=as_json))
+    if as_json:
+        show_json({"setting": asdict(found.setting), **found.measured})
+        return
+    from compress import terminal
+
+    terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
+    if found.measured["load_average"] > doctor.cores():
+        print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
+    print(f"wrote {place}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from compress import hub
 from compress.errors import TargetError
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
-from compress.model.quantization.layout import choose
+from compress.model.quantization.layout import choose, untied_by
 from compress.model.quantization.params import QatParams, RtnParams
 from compress.model.shapes import check_config, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
@@ -237,9 +237,10 @@ class _Walk:
     def _quantization(self, node: Node) -> float:
         before, values = self.model_of(node), node.params.model_dump()
         params = cast(RtnParams, node.params)
-        layout = choose(before.config, params, where=node.stage.name)
+        config = untied_by(before.config, params)
+        layout = choose(config, params, where=node.stage.name)
         others = {path: (spec.stored_bits, spec.group_size) for path, spec in layout.linears.items()}
-        self._becomes(node, _State(before.config, values, others))
+        self._becomes(node, _State(config, values, others))
         draws = int(values.get("calibration_draws", 1))
         seconds = 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
         if isinstance(params, QatParams):

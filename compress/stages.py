@@ -170,6 +170,15 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "model.quantization",
+        "awq",
+        "compress.model.quantization.params:AwqParams",
+        "compress.model.quantization.awq_stage:quantize",
+        reads=("data", "model"),
+        writes="model",
+        summary="AWQ: finer weights for large inputs, then rounding to nearest or GPTQ",
+    ),
+    Stage(
+        "model.quantization",
         "mixed",
         "compress.model.quantization.params:MixedParams",
         "compress.model.quantization.mixed_stage:quantize",

@@ -148,6 +148,24 @@ def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: C
     out.print(table)
 
 
+def show_tuned(setting: Mapping[str, Any], measured: Mapping[str, Any], out: Console) -> None:
+    """What was tried, what it did to the time of a request, and the rates before and after."""
+    table = Table("knob", "value", "time against best so far", "prefill tok/s", "decode tok/s", "pairs", "")
+    for trial in measured["candidates"]:
+        timed = trial["ratio"] is not None
+        cells = [
+            f"{trial['ratio']:.3f}" if timed else "-",
+            rate(measured["prompt_tokens"] / trial["prefill_s"]) if timed else "-",
+            rate(1 / trial["decode_s"]) if timed else "-",
+        ]
+        table.add_row(trial["knob"], str(trial["value"]), *cells, str(trial["pairs"]), escape(trial["verdict"]))
+    out.print(table)
+    for what in ("prefill", "decode"):
+        before, after = (measured[when][f"{what}_tokens_per_s"] for when in ("before", "after"))
+        out.print(f"{what}: {rate(before)} to {rate(after)} tokens/s ({after / before:.2f} times)")
+    out.print(", ".join(f"{knob} {value}" for knob, value in setting.items()))
+
+
 def show_local(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Console) -> None:
     """A bundle's figures on this machine beside those reckoned from the machine's own rates, and the error."""
     table = Table("", "measured on this machine", "estimate from its measured rates", "error")

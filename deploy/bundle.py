@@ -134,6 +134,15 @@ def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> Non
             raise ModelError(str(path), "its content changed since the export (SHA-256 differs)", do=_REPAIR)
 
 
+def tuned(folder: Path) -> Mapping[str, Any]:
+    """Return what `edgestill tune` wrote into the bundle in ``folder``; empty for one that was not, or no bundle."""
+    try:
+        found = json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8")).get("tuned")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def bundle_bytes(folder: Path) -> int:
     """Return the bytes of the bundle in ``folder`` that are copied to the device; see `Bundle.shipped`."""
     return open_bundle(folder, verify=False).bytes

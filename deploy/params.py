@@ -32,6 +32,11 @@ class ExportParams(Params):
     accuracy_level: Literal[0, 1, 4] = Field(
         4, description="of the int4 products: 4 rounds activations to 8 bits, two to three times faster; 0, 1: fp32"
     )
+    last_logits: bool = Field(
+        True,
+        description="a prompt's logits at its last position alone, which is what generation reads and other runtimes "
+        "compute; false: at every position, for a program that reads them",
+    )
     context_tokens: int | None = Field(
         None, ge=16, description="longest prompt and answer together; left out: the model's own"
     )
@@ -58,3 +63,22 @@ class BenchParams(Params):
     new_tokens: int = Field(64, ge=2, description="tokens that are generated")
     repeats: int = Field(5, ge=1, description="measured repeats; the median counts")
     warmup: int = Field(1, ge=0, description="repeats before that are not measured")
+
+
+class TuneParams(Params):
+    """What request is made fast, for how long better settings are sought, and what quality they must keep."""
+
+    budget_s: float = Field(
+        default=120.0, gt=0, description="seconds of searching; opening and checking the bundle come on top"
+    )
+    prompt_tokens: int = Field(default=128, ge=1, description="tokens of the prompt of a typical request")
+    new_tokens: int = Field(default=64, ge=2, description="tokens of its answer")
+    rounds: int = Field(default=5, ge=1, description="paired measurements that decide between two settings")
+    margin: float = Field(
+        default=0.02, ge=0, lt=1, description="share of the time that a setting must save to be taken"
+    )
+    max_kl: float = Field(
+        default=0.02,
+        gt=0,
+        description="largest mean divergence from the bundle as it was, nats per token, of rougher arithmetic",
+    )

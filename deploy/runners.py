@@ -2,47 +2,89 @@
 
 `GenaiRunner` answers the same two calls as a torch model does, so that one evaluation reads both. Everything that
 matters is set outright: threads (the runtime's own choice costs 1.5 to 2 times), greedy search, no end tokens of the
-runtime's own (the caller's count). Imports no torch, so that a benchmark's memory is the runtime's.
+runtime's own (the caller's count), weights on huge pages. What `edgestill tune` found is in the bundle and taken from
+there. Imports no torch, so that a benchmark's memory is the runtime's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og
 
 from compress.errors import DataError, ModelError
-from deploy.bundle import open_bundle
+from deploy import huge_pages
+from deploy.bundle import open_bundle, tuned
 
 
 class GenaiRunner:
     """A bundle, or a bare folder of model, runtime config and tokenizer, opened on ``threads`` threads.
 
+    ``threads`` left out: as tuned, else all. ``on_huge_pages`` left out: where the weights are large.
+    ``session`` and ``search`` override entries of these parts of the runtime's config.
+
     Raises:
         ModelError: the bundle is damaged or the runtime cannot open it.
     """
 
-    def __init__(self, folder: Path, *, threads: int, batch_size: int = 32, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        batch_size: int = 32,
+        verify: bool = True,
+        session: Mapping[str, Any] | None = None,
+        search: Mapping[str, Any] | None = None,
+        on_huge_pages: bool | None = None,
+    ) -> None:
         if verify:
             open_bundle(folder).need("onnx")
         config_file = folder / "genai_config.json"
         if not config_file.is_file():
             raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
-        settings = json.loads(config_file.read_text(encoding="utf-8"))["model"]
+        configured = json.loads(config_file.read_text(encoding="utf-8"))
+        settings = configured["model"]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
         self.pad_id = int(settings.get("pad_token_id") or 0)
-        self.threads, self.batch_size = threads, batch_size
-        session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        found = tuned(folder)
+        self.folder, self.batch_size = folder, batch_size
+        self.threads = threads or int(found.get("threads") or os.cpu_count() or 1)
+        self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
+        session = {**(session or {}), "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        decoder = {"eos_token_id": [], "decoder": {"session_options": session}}
+        self._overlay = json.dumps({"model": decoder, "search": dict(search or {})})
+        self.model = self._open(folder)
+        if on_huge_pages is None:
+            weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+            on_huge_pages = weights >= huge_pages.WORTH_BYTES
+        if on_huge_pages:
+            huge_pages.collapse()
+
+    def _open(self, folder: Path) -> og.Model:
         try:
             config = og.Config(str(folder))
-            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": session}}}))
-            self.model = og.Model(config)
+            config.overlay(self._overlay)
+            return og.Model(config)
         except RuntimeError as error:  # what the runtime raises for everything
             raise ModelError(str(folder), f"onnxruntime-genai cannot open it: {str(error)[:300]}") from error
+
+    @cached_property
+    def _every_position(self) -> og.Model:
+        """The bundle's graph with logits at all positions of a prompt; the bundle's own may give the last alone."""
+        from deploy.variants import every_position_copy
+
+        with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
+            changed = every_position_copy(self.folder, Path(temporary))
+            return self._open(Path(temporary)) if changed else self.model
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
@@ -99,23 +141,41 @@ class GenaiRunner:
                 break
         return answers
 
-    def start(self, max_length: int, rows: int = 1) -> og.Generator:
+    def start(self, max_length: int, rows: int = 1, *, model: og.Model | None = None) -> og.Generator:
         """Return a greedy generator for ``rows`` sequences of at most ``max_length`` tokens."""
-        params = og.GeneratorParams(self.model)
+        params = og.GeneratorParams(model or self.model)
         params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=rows)
-        return og.Generator(self.model, params)
+        return og.Generator(model or self.model, params)
+
+    def encode(self, texts: Sequence[str], most: int) -> list[list[int]]:
+        """Return the token ids of each text by the bundle's tokenizer, cut to ``most`` and the context."""
+        tokenizer = og.Tokenizer(self.model)
+        cut = [[int(token) for token in tokenizer.encode(text)[: min(most, self.context)]] for text in texts]
+        return [ids for ids in cut if ids]
+
+    def next_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the fp32 logits (vocabulary,) after ``ids``, read at once by the very graph that generates.
+
+        Raises DataError as `logits`.
+        """
+        self._check(ids, self.context, "logits")
+        generator = self.start(self.context)
+        generator.append_tokens(np.asarray(ids, dtype=np.int32))
+        return np.array(generator.get_output("logits")[0, -1], dtype=np.float32)
 
     def logits(self, ids: Sequence[int], *, prefill: int | None = None) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (T, vocabulary) after each of the ``ids``, which the model is given, not asked for.
 
         ``prefill`` is how many of them are read at once; the others come one at a time through the KV cache. Left
-        out: all at once. Raises DataError when they exceed the context or the vocabulary.
+        out: all at once. Reads a copy of the graph that keeps every position, over the same weights and with the same
+        operators. Raises DataError when they exceed the context or the vocabulary.
         """
         self._check(ids, self.context, "logits")
         first = len(ids) if prefill is None else prefill
-        generator = self.start(self.context)
+        generator = self.start(self.context, model=self._every_position)
         parts = []
-        for start, stop in [(0, first), *((at, at + 1) for at in range(first, len(ids)))]:
+        starts = [*range(0, first, self._chunk), *range(first, len(ids))]  # the runtime would give a last chunk alone
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             generator.append_tokens(np.asarray(ids[start:stop], dtype=np.int32))
             parts.append(np.array(generator.get_output("logits")[0], dtype=np.float32))
         return np.concatenate(parts)

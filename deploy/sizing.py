@@ -251,9 +251,9 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return 2 * 4 * int(config["num_hidden_layers"]) * kv_head_count(config) * size * tokens
 
 
-def logits_bytes(vocabulary: int, tokens: int = 128) -> int:
-    """Return the bytes of the logits of a prompt, which the runtime computes at every position."""
-    return 4 * vocabulary * tokens
+def logits_bytes(vocabulary: int) -> int:
+    """Return the bytes of the logits, which the graph gives at the last position of a prompt alone."""
+    return 4 * vocabulary
 
 
 def check_fit(found: SizeEstimate, target: Target) -> None:

@@ -21,6 +21,7 @@ import onnx
 
 from compress.errors import ModelError, ParityError
 from compress.model.shapes import head_size, kv_head_count
+from deploy import variants
 from deploy.export import codes, heads, skeleton
 from deploy.export.codes import Array, Index
 from deploy.export.graph import CONTRIB, GraphWriter, count_nodes, write
@@ -46,10 +47,12 @@ class OnnxOptions:
 
     ``accuracy_level`` of MatMulNBits: 4 rounds activations to 8 bits per block, 0 and 1 compute in fp32.
     ``context_tokens`` is the longest prompt and answer together; None takes the model's own.
+    ``last_logits``: the last layer's feed-forward part and the head compute the last position of a prompt alone.
     """
 
     accuracy_level: int = 4
     context_tokens: int | None = None
+    last_logits: bool = True
 
 
 @dataclass
@@ -155,6 +158,7 @@ class _Assembly:
         self.orders: dict[tuple[str, bytes], str] = {}
         self.embedding = source.embedding()
         self.head = source.head()
+        self.last_layer = int(config["num_hidden_layers"]) - 1
 
     def run(self) -> onnx.ModelProto:
         """Return the finished model."""
@@ -171,6 +175,8 @@ class _Assembly:
                 self.norm(node, weights[0])
             else:
                 self.other(node, weights)
+        if self.options.last_logits:
+            variants.declare_positions(self.drawn, 1)
         return self.graph.finish()
 
     def other(self, node: onnx.NodeProto, weights: list[str]) -> None:
@@ -180,8 +186,21 @@ class _Assembly:
             for attribute in node.attribute:
                 if attribute.name == "scale":
                     attribute.f = 1 / math.sqrt(self.size)
+        shown = node.name
         node.name = _node_name(node.name)
         self.graph.nodes.append(node)
+        if node.op_type == "GroupQueryAttention" and self.is_last(shown):
+            wanted, node.output[0] = node.output[0], f"{node.output[0]}/all"
+            self.last_position(node.output[0], wanted)
+
+    def is_last(self, name: str) -> bool:
+        """Whether the builder's node is of the last layer, where only the last position is wanted behind attention."""
+        return self.options.last_logits and name.startswith(f"/model/layers.{self.last_layer}/")
+
+    def last_position(self, value: str, output: str) -> str:
+        """Append ``output``: the last position of ``value`` (batch, positions, channels), for all that comes after."""
+        index = self.graph.raw("last.index", np.array([-1], np.int64))
+        return self.graph.add("Gather", [value, index], output, name=f"{variants.LAST}.{output}", axis=1)
 
     def rotary_tables(self) -> None:
         """Compute both tables (context, padded head / 2) in the graph: the runtime folds them when it loads."""
@@ -214,6 +233,8 @@ class _Assembly:
                     attribute.f = heads.norm_epsilon(attribute.f, self.size, self.padded)
         place = list(node.input).index(weight)
         node.input[place] = self.graph.constant(weight, gain)
+        if part == "post_attention_layernorm.weight" and self.is_last(node.name):  # what attention is added to
+            node.input[0] = self.last_position(node.input[0], f"{node.input[0]}/last")
         node.name = _node_name(node.name)
         self.graph.nodes.append(node)
 

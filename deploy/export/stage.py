@@ -102,7 +102,9 @@ def _export_gptq(source: Path, out: Path, licence: str, result: StageResult) -> 
 
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
     """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
-    options = OnnxOptions(accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx))
+    options = OnnxOptions(
+        accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx), last_logits=params.last_logits
+    )
     ctx.progress.say("writing the ONNX model")
     report = write_onnx(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)

@@ -8,6 +8,7 @@ bit stream as text.
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +108,95 @@ def pack_column(values: list[int], bits: int) -> list[int]:
     stream = stream.ljust(math.ceil(len(stream) / 32) * 32, "0")
     words = [int(stream[at : at + 32][::-1], 2) for at in range(0, len(stream), 32)]
     return [word - 2**32 if word >= 2**31 else word for word in words]
+
+
+def normal_float(bits: int) -> Array:
+    """Return the levels of NormalFloat, ascending within [-1, 1] (QLoRA, arXiv:2305.14314, appendix E).
+
+    Quantiles of a normal distribution, evenly spaced in probability on each side of an exact zero, one more above
+    zero than below. At 3 bits these are the levels of BitDistiller.
+    """
+    half = 2 ** (bits - 1)
+    offset = 1 - 0.5 * (1 / (4 * half) + 1 / (4 * half - 2))
+    quantile = statistics.NormalDist().inv_cdf
+    above = [quantile(p) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
+    below = [-quantile(p) for p in np.linspace(offset, 0.5, half)[:-1]]
+    levels = np.array(sorted([*below, 0.0, *above]))
+    return levels / levels.max()
+
+
+def round_to_levels(values: Array, levels: Array, shares: list[float]) -> Array:
+    """Round each row of ``values`` (n, group) to ``levels`` times its scale; the best share of the range per row.
+
+    A row of zeros stays zero: its scale is never divided by.
+    """
+    best, least = np.zeros_like(values), np.full(len(values), np.inf)
+    for share in shares:
+        low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
+        scale = share * np.maximum(low / levels[0], high / levels[-1])
+        scale[scale == 0] = 1.0
+        units = values / scale[:, None]
+        nearest = levels[np.abs(units[:, :, None] - levels).argmin(2)] * scale[:, None]
+        error = np.square(nearest - values).sum(1)
+        best[error < least] = nearest[error < least]
+        least = np.minimum(least, error)
+    return best
+
+
+def round_group_wise(weight: Array, *, bits: int, group_size: int, sym: bool) -> Array:
+    """Return ``weight`` (out, in) rounded to nearest on the full range of each group."""
+    rounded = np.zeros_like(weight)
+    for row in range(weight.shape[0]):
+        for at in range(0, weight.shape[1], group_size):
+            part = slice(at, at + group_size)
+            scale, zero = grid(weight[row, part], bits=bits, sym=sym)
+            rounded[row, part] = [(code(v, scale, zero, bits) - zero) * scale for v in weight[row, part]]
+    return rounded
+
+
+def awq_errors(
+    weights: list[Array], inputs: Array, *, bits: int, group_size: int, sym: bool, points: int
+) -> list[float]:
+    """Return the mean squared change of the outputs for each exponent 0, 1/n, ..., measured on ``inputs`` (n, in)."""
+    size = np.abs(inputs).mean(0)
+    errors = []
+    for point in range(points):
+        scales = size ** (point / points)
+        scales = scales / math.sqrt(scales.max() * scales.min())
+        total = 0.0
+        for weight in weights:
+            rounded = round_group_wise(weight * scales, bits=bits, group_size=group_size, sym=sym) / scales
+            total += float(np.square(inputs @ (rounded - weight).T).sum(1).mean())
+        errors.append(total)
+    return errors
+
+
+def rotated_linears(
+    state: dict[str, Array], head: Array, stream: Array, *, kv_heads: int, heads: int
+) -> dict[str, Array]:
+    """Return weights and biases of one decoder layer in the basis ``stream``, its heads in the basis ``head``.
+
+    One whole matrix per side of each linear, y = B' W D A x for the bases A before and B behind and the gain D.
+    """
+    identity = np.eye(len(stream))
+    values, queries = np.kron(np.eye(kv_heads), head), np.kron(np.eye(heads), head)
+    into, over = np.diag(state["input_layernorm.weight"]), np.diag(state["post_attention_layernorm.weight"])
+    ffn = np.eye(state["mlp.down_proj.weight"].shape[1])
+    plain = {name: np.eye(state[f"self_attn.{name}.weight"].shape[0]) for name in ("q_proj", "k_proj")}
+    sides = {
+        "self_attn.q_proj": (plain["q_proj"], into @ stream),
+        "self_attn.k_proj": (plain["k_proj"], into @ stream),
+        "self_attn.v_proj": (values, into @ stream),
+        "self_attn.o_proj": (stream, queries),
+        "mlp.gate_proj": (ffn, over @ stream),
+        "mlp.up_proj": (ffn, over @ stream),
+        "mlp.down_proj": (stream, ffn),
+    }
+    found = {f"{name}.weight": behind.T @ state[f"{name}.weight"] @ before for name, (behind, before) in sides.items()}
+    biases = {f"{name}.bias": behind.T @ state[f"{name}.bias"] for name, (behind, _) in sides.items()
+              if f"{name}.bias" in state}  # fmt: skip
+    assert np.allclose(stream @ stream.T, identity), "the basis must be orthogonal"
+    return found | biases
 
 
 def trained_level(weight: float, step: float, zero: int, *, bits: int, rule: str) -> float:

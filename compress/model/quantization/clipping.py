@@ -13,7 +13,7 @@ import itertools
 import torch
 
 from compress.model.quantization.packing import QuantizedLinear, dequantize, quantize
-from compress.model.quantization.rtn import grid, round_to_nearest
+from compress.model.quantization.rtn import round_to_nearest, span_grid
 
 STEPS, SMALLEST = 20, 0.5  # the paper's: shares from 1 to a half in twenty steps
 
@@ -52,7 +52,7 @@ def clip_quantize(
         low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
         best = _cost(errors[:, members], own, beside)
         for below, above in pairs[1:]:
-            scale, zero_point = grid(low * below, high * above, bits=bits, sym=sym)
+            scale, zero_point = span_grid(low * below, high * above, bits=bits, sym=sym)
             step, zero = scale.to(work.dtype)[:, None], zero_point.to(work.dtype)[:, None]
             tried = torch.minimum(torch.maximum(torch.round(values / step), -zero), top - zero) * step - values
             cost = _cost(tried, own, beside)

@@ -9,12 +9,13 @@ Pure functions; know nothing of models, data or files.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from compress.model.quantization.packing import QuantizedLinear, dequantize, group_index
+from compress.model.quantization.packing import QuantizedLinear, dequantize, group_index, nearest_offsets
 from compress.model.quantization.rtn import fit, round_to_nearest
 
 PIECE = 32  # columns done one by one between two matrix products
@@ -55,26 +56,28 @@ def gptq_quantize(
     damp_frac: float = 0.01,
     block_size: int = 128,
     clip_steps: int = 0,
+    levels: Sequence[int] | None = None,
 ) -> GptqResult:
     """Quantize ``weight`` (out, in) so that outputs on inputs of second moment ``hessian`` (in, in) change least.
 
     ``hessian`` is a (weighted) mean of x x'; its overall factor has no effect. ``act_order`` takes the inputs of
     largest second moment first: with ``keep_groups`` within each group and groups by their mean, so that groups
     stay contiguous and need no index at run time; without it over all inputs, which mixes the groups (``g_idx``).
-    ``clip_steps`` searches the clip of each group, see `rtn.fit`. Works in fp64 for fp64 weights, else in fp32;
-    the Hessian is always factored in fp64. Where it cannot be, even damped, the weights are rounded to nearest
-    and ``fell_back`` is set.
+    ``clip_steps`` searches the clip of each group and ``levels`` restricts its grid, see `rtn.fit`. Works in fp64 for
+    fp64 weights, else in fp32; the Hessian is always factored in fp64. Where it cannot be, even damped, the weights
+    are rounded to nearest and ``fell_back`` is set.
     """
     work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     diagonal = hessian.diagonal().double()
     dead = int((diagonal == 0).sum())
     order, groups = processing_order(diagonal, group_size=group_size, act_order=act_order, keep_groups=keep_groups)
     factor, used, retries = inverse_factor(hessian[order][:, order], damp_frac)
+    grid: dict[str, Any] = {"bits": bits, "sym": sym, "clip_steps": clip_steps, "levels": levels}
     if factor is None:
-        layer = round_to_nearest(work, bits=bits, group_size=group_size, sym=sym, clip_steps=clip_steps)
+        layer = round_to_nearest(work, group_size=group_size, **grid)
         loss = output_error(work, layer, hessian)
         return GptqResult(layer, loss, damp_frac=used, retries=retries, fell_back=True, dead=dead)
-    sweep = _Sweep(factor.to(work.dtype), groups, bits=bits, sym=sym, clip_steps=clip_steps)
+    sweep = _Sweep(factor.to(work.dtype), groups, grid)
     sweep.run(work[:, order].T.contiguous(), block_size=block_size)
     codes = torch.empty_like(sweep.codes)
     codes[order] = sweep.codes
@@ -160,12 +163,12 @@ def pieces(groups: torch.Tensor, block_size: int) -> Iterator[list[tuple[int, in
 class _Sweep:
     """One pass over the columns; columns lie as rows here, so that each is contiguous."""
 
-    def __init__(self, factor: torch.Tensor, groups: torch.Tensor, *, bits: int, sym: bool, clip_steps: int) -> None:
+    def __init__(self, factor: torch.Tensor, groups: torch.Tensor, grid: dict[str, Any]) -> None:
         self.factor, self.groups = factor, groups.tolist()  # (in, in) upper, group of each column
         self.ends = {group: len(self.groups) - self.groups[::-1].index(group) for group in set(self.groups)}
-        self.bits, self.sym, self.clip_steps = bits, sym, clip_steps
+        self.grid = grid  # what `fit` is told
         # an error e in column i costs (e / U_ii)² once the later columns have made the best of it
-        self.importance = factor.diagonal().square().reciprocal() if clip_steps else None
+        self.importance = factor.diagonal().square().reciprocal() if grid["clip_steps"] else None
 
     def run(self, columns: torch.Tensor, *, block_size: int) -> None:
         """Round ``columns`` (in, out), which are changed in place; leaves codes, scales and zero_points."""
@@ -191,19 +194,17 @@ class _Sweep:
 
     def _fit(self, current: torch.Tensor, group: int, start: int) -> None:
         part = None if self.importance is None else self.importance[start : start + len(current)]
-        scale, zero_point = fit(
-            current.T.contiguous(), bits=self.bits, sym=self.sym, clip_steps=self.clip_steps, importance=part
-        )
+        scale, zero_point = fit(current.T.contiguous(), importance=part, **self.grid)
         self.scales[:, group], self.zero_points[:, group] = scale, zero_point
 
     def _round(self, current: torch.Tensor, errors: torch.Tensor, group: int, start: int) -> None:
         """Round the columns ``current`` (n, out) of one group one by one; fill in ``errors`` (n, out)."""
         scale = self.scales[:, group].to(current.dtype)
         zero = self.zero_points[:, group].to(current.dtype)
-        top = float((1 << self.bits) - 1)
+        bits, levels = self.grid["bits"], self.grid["levels"]
         factor = self.factor[start : start + len(current), start : start + len(current)]
         for i in range(len(current)):
             column = current[i] - factor[:i, i] @ errors[:i] if i else current[0]
-            code = (torch.round(column / scale) + zero).clamp_(0, top)
-            self.codes[start + i] = code.to(torch.uint8)
-            errors[i] = (column - (code - zero) * scale) / factor[i, i]
+            offset = nearest_offsets(column / scale, zero, bits=bits, levels=levels)
+            self.codes[start + i] = (offset + zero).to(torch.uint8)
+            errors[i] = (column - offset * scale) / factor[i, i]

@@ -15,7 +15,15 @@ from compress.model.quantization.gptq import gptq_quantize, output_error
 from compress.model.quantization.layout import PLAIN, LinearSpec
 from compress.model.quantization.packing import QuantizedLinear, dequantize
 from compress.model.quantization.params import GptqParams, RtnParams
-from compress.model.quantization.streaming import Solved, Step, calibration_rows, open_job, outer_codes, rounded
+from compress.model.quantization.streaming import (
+    Solved,
+    Step,
+    calibration_rows,
+    grid_of,
+    open_job,
+    outer_codes,
+    rounded,
+)
 from compress.model.quantization.writing import Report
 
 
@@ -68,13 +76,11 @@ def solve(step: Step, params: GptqParams) -> dict[str, Solved]:
         result = gptq_quantize(
             stacked,
             step.moment,
-            bits=spec.bits,
             group_size=spec.group_size,
-            sym=spec.sym,
             act_order=params.act_order,
             keep_groups=params.keep_groups,
             damp_frac=params.damp_frac,
-            clip_steps=params.clip_steps if spec.bits < 8 else 0,
+            **grid_of(spec, params.clip_steps),
         )
         at = 0
         for path in paths:

@@ -1,12 +1,13 @@
 """Second moments of what the linears of a decoder layer are given, measured on calibration batches.
 
-`position_weights` says how much each position counts, `second_moment` adds up x x' over batches.
+`position_weights` says how much each position counts, `second_moment` adds up x x' over batches, `size_and_moment`
+the sizes of the inputs too.
 Knows nothing of layers, quantization, files or stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -36,6 +37,22 @@ def second_moment(inputs: Iterable[torch.Tensor], weights: Sequence[torch.Tensor
         rows = values[used] * weight[used].sqrt().unsqueeze(1)  # (n, in)
         total = total + (rows.T @ rows).double()
     return total / max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+
+
+def size_and_moment(
+    inputs: Iterable[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted mean of abs(x) (in,) fp64 beside the `second_moment`, reading ``inputs`` once."""
+    sizes = torch.zeros(1, dtype=torch.float64)
+
+    def summed() -> Iterator[torch.Tensor]:
+        nonlocal sizes
+        for values, weight in zip(inputs, weights, strict=True):
+            sizes = sizes + (values.abs() * weight.unsqueeze(-1)).sum(dim=(0, 1)).double()
+            yield values
+
+    moment = second_moment(summed(), weights)
+    return sizes / max(float(sum(weight.double().sum() for weight in weights)), 1e-12), moment
 
 
 def paired_moments(

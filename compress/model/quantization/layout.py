@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import ModelError
-from compress.model.quantization.params import GROUP_SIZES, GptqParams, QatParams, RtnParams
+from compress.model.quantization.params import GROUP_SIZES, AwqParams, GptqParams, QatParams, RtnParams
 from compress.model.shapes import head_size, linear_shapes
 
 PLAIN = 16  # bits of a linear that is left alone
@@ -23,12 +23,14 @@ PLAIN = 16  # bits of a linear that is left alone
 class LinearSpec:
     """How one linear is quantized: ``bits`` of its grid (16: not at all), ``group_size`` (-1: a row), ``sym``.
 
-    ``elastic``: a grid of 2 bits whose levels lie between the codes that 2 bits can store.
+    ``nf3``: the eight levels of 3 bits lie as a normal distribution's quantiles instead of evenly. ``elastic``: the
+    four levels of 2 bits lie between the codes that 2 bits can store.
     """
 
     bits: int
     group_size: int
     sym: bool
+    nf3: bool = False
     elastic: bool = False
 
     @property
@@ -77,11 +79,15 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
         )
     group_size, ffn, notes = fit_group_size(config, params.group_size)
     elastic = isinstance(params, QatParams) and params.rule == "elastic"
-    common = LinearSpec(params.bits, group_size, params.sym, elastic)
+    common = LinearSpec(params.bits, group_size, params.sym, elastic=elastic)
     linears, more = _specs(dict(config) | {"intermediate_size": ffn}, params, common, where=where)
     notes += more
+    if params.grid == "nf3":
+        linears = _with_nf3(linears, params, where=where)
     if any(spec.bits == 3 for spec in linears.values()):
         notes.append("3-bit codes are stored in 4 bits: no runtime here has a 3-bit operator, so no bytes are saved")
+    if params.grid == "nf3":
+        notes.append("nf3 uses 8 of the 16 levels of those 4 bits: 3 bits of information in the bytes of 4")
     if elastic:
         notes.append("codes of rule elastic are stored in 4 bits: its levels -3, -1, 1, 3 lie between those of 2 bits")
     return Layout(
@@ -95,6 +101,20 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
         linears=linears,
         notes=notes,
     )
+
+
+def _with_nf3(linears: Mapping[str, LinearSpec], params: RtnParams, *, where: str) -> dict[str, LinearSpec]:
+    """Give the 3-bit linears the levels of NF3; ModelError where there are none, or the grid is not symmetric."""
+    if not params.sym:
+        raise ModelError(f"{where}.grid", "nf3 beside sym false", "nf3 with sym true: its zero point is fixed")
+    if all(spec.bits != 3 for spec in linears.values()):
+        raise ModelError(f"{where}.grid", f"nf3 with bits {params.bits}", "nf3 with bits 3", "NF3 is a 3-bit grid")
+    return {path: replace(spec, nf3=spec.bits == 3) for path, spec in linears.items()}
+
+
+def untied_by(config: Mapping[str, Any], params: RtnParams) -> dict[str, Any]:
+    """Return ``config`` as a rotation leaves it, as far as can be told without weights: `full` unties the head."""
+    return dict(config) | ({"tie_word_embeddings": False} if params.rotate == "full" else {})
 
 
 def _specs(
@@ -188,7 +208,8 @@ def _fallen(wanted: int, size: int, hidden: int, attention: int, ffn: int) -> st
 
 def quantization_config(layout: Layout, params: RtnParams) -> dict[str, Any]:
     """Return the ``quantization_config`` of a "gptq" checkpoint, with the names that AutoGPTQ gave them."""
-    gptq = params if isinstance(params, GptqParams) else None
+    nearest = isinstance(params, AwqParams) and params.rounding == "nearest"
+    gptq = params if isinstance(params, GptqParams) and not nearest else None
     dynamic = _dynamic(layout)
     free_order = gptq is not None and gptq.act_order and not gptq.keep_groups
     return {

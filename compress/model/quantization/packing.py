@@ -10,7 +10,7 @@ Knows nothing of models, files or of how scales are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +43,36 @@ def group_index(in_features: int, group_size: int) -> torch.Tensor:
 
 
 def quantize(
-    weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor, g_idx: torch.Tensor, *, bits: int
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    g_idx: torch.Tensor,
+    *,
+    bits: int,
+    levels: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Return the nearest codes (out, in) uint8 of ``weight`` (out, in) on the grids of its groups."""
+    """Return the nearest codes (out, in) uint8 of ``weight`` (out, in) on the grids of its groups.
+
+    ``levels`` restricts the codes, see `nearest_offsets`.
+    """
     index = g_idx.long()
-    steps = torch.round(weight / scales.to(weight.dtype)[:, index]) + zero_points.to(weight.dtype)[:, index]
-    return steps.clamp_(0, (1 << bits) - 1).to(torch.uint8)
+    zeros = zero_points.to(weight.dtype)[:, index]
+    units = weight / scales.to(weight.dtype)[:, index]
+    return nearest_offsets(units, zeros, bits=bits, levels=levels).add_(zeros).to(torch.uint8)
+
+
+def nearest_offsets(
+    units: torch.Tensor, zeros: torch.Tensor, *, bits: int, levels: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Return code - zero point nearest to ``units``, weights as multiples of their scale; ``units`` is overwritten.
+
+    Every code of ``bits`` bits is allowed, or those alone whose distance from the zero point is among ``levels``
+    (ascending).
+    """
+    if levels is None:
+        return units.round_().clamp_(min=-zeros, max=((1 << bits) - 1) - zeros)
+    points = torch.tensor(levels, dtype=units.dtype)
+    return points[torch.bucketize(units, (points[1:] + points[:-1]) / 2)]
 
 
 def dequantize(

@@ -36,6 +36,16 @@ class RtnParams(Params):
     clip_steps: int = Field(
         default=40, ge=0, le=200, description="clips tried per group for the least squared error; 0: the full range"
     )
+    grid: Literal["uniform", "nf3"] = Field(
+        default="uniform",
+        description="levels of 3-bit weights: evenly spaced, or nf3, spaced as a normal distribution's quantiles and "
+        "moved to integers of the 4-bit code in which 3 bits are stored; needs sym",
+    )
+    rotate: Literal["none", "heads", "full"] = Field(
+        default="none",
+        description="turn the model into a basis in which outliers are spread out, before all else; the outputs stay. "
+        "heads: within the attention heads; full: the residual stream too, which unties a tied head",
+    )
     overrides: list[ModuleOverride] = Field(
         default_factory=list, description="other bits or groups for some linears; the first pattern that fits counts"
     )
@@ -88,6 +98,27 @@ class GptqParams(RtnParams):
     )
 
 
+class AwqParams(GptqParams):
+    """AWQ: finer weights for the inputs that are large, by scales that the operation before takes back."""
+
+    clip_steps: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="clips tried per group for the least change of the outputs; 0: the full range. With rounding gptq "
+        "as there",
+    )
+    clip_attention: bool = Field(
+        default=True, description="clip q and k too; false as in the paper's code, measured worse. For rounding nearest"
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="how the scaled weights are rounded; gptq joins both methods"
+    )
+    grid_points: int = Field(
+        default=20, ge=1, le=100, description="exponents tried per input, 0 to below 1; 1: none but 0, so no scales"
+    )
+
+
 class MixedParams(GptqParams):
     """GPTQ with bits chosen per part of the model, for the least divergence under a budget of bytes."""
 
@@ -114,6 +145,8 @@ class MixedParams(GptqParams):
     def _chooses_itself(self) -> MixedParams:
         if self.overrides or self.ignore:
             raise ValueError("overrides and ignore are for the other methods: mixed chooses bits for every linear")
+        if self.grid != "uniform":
+            raise ValueError("grid nf3 is for the other methods: mixed compares widths on the uniform grid")
         if self.budget_bits is not None and self.budget_bytes is not None:
             raise ValueError("budget_bits and budget_bytes are both given; one budget counts")
         return self
@@ -191,6 +224,8 @@ class QatParams(GptqParams):
 
     @model_validator(mode="after")
     def _has_a_grid(self) -> QatParams:
+        if self.grid != "uniform":
+            raise ValueError("grid nf3 is for the other methods: no rule of qat trains its levels")
         if self.rule in ("lsq", "elastic", "ternary") and not self.sym:
             raise ValueError(f"rule {self.rule} has a symmetric grid: set sym: true, or rule: affine")
         if self.rule in ("elastic", "ternary"):

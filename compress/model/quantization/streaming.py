@@ -28,11 +28,12 @@ from compress.model.checkpoint import check_folder, parameter_count, read_config
 from compress.model.layers import linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
 from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
-from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose
+from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose, untied_by
 from compress.model.quantization.measuring import Check, bits_per_weight
 from compress.model.quantization.packing import QuantizedLinear, dequantize
 from compress.model.quantization.params import GptqParams, RtnParams
-from compress.model.quantization.rtn import round_to_nearest
+from compress.model.quantization.rotation import Rotated, rotate_checkpoint
+from compress.model.quantization.rtn import NF3, round_to_nearest
 from compress.model.quantization.writing import OUTER_FILE, Parts, Report, outer_tensors, save_tensors, write_folder
 
 CHECK_TOKENS = 8192  # tokens on which loss and divergence of the result are measured
@@ -40,12 +41,13 @@ CHECK_TOKENS = 8192  # tokens on which loss and divergence of the result are mea
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint that is to be quantized."""
+    """One checkpoint that is to be quantized; ``notes`` say what was done to it before."""
 
     params: RtnParams
     ctx: StageContext
     stream: BlockStream
     layout: Layout
+    notes: Sequence[str] = ()
 
     def parts(self, name: str) -> Parts:
         """Where the finished layers of the pass ``name`` lie."""
@@ -71,8 +73,9 @@ class Solved(NamedTuple):
 States = list[list[torch.Tensor]]
 Moments = tuple[torch.Tensor, torch.Tensor | None]  # E[x x'], and E[z x'] where there are plain inputs z
 Solver = Callable[[Step], Mapping[str, Solved]]
-# (layer, hidden states, position weights): changes the layer in place; its outputs in full precision must stay
-Prepare = Callable[[nn.Module, BlockStream, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+# (index of the layer, layer, hidden states, position weights): changes the layer in place, its outputs in full
+# precision must stay; returns what is to stand in the reports of linears, by path
+Prepare = Callable[[int, nn.Module, Sequence[torch.Tensor], Sequence[torch.Tensor]], Mapping[str, Report]]
 
 
 class Rows(NamedTuple):
@@ -94,10 +97,30 @@ def open_job(params: RtnParams, ctx: StageContext) -> Job:
         raise ModelError(str(source), "a quantized checkpoint", "plain weights", "Start from the model before it")
     check_folder(source)
     _settle_tie(source, config)
+    notes: list[str] = []
+    if params.rotate != "none":
+        choose(untied_by(config, params), params, where=ctx.name)  # what is wrong is said before the work
+        turned = rotate_checkpoint(source, config, ctx.work / "rotated", mode=params.rotate, seed=ctx.seed)
+        source, config, notes = turned.folder, read_config(turned.folder), [_told(turned, params)]
     layout = choose(config, params, where=ctx.name)
-    for note in layout.notes:
+    for note in notes + layout.notes:
         ctx.progress.say(f"{ctx.name}: {note}")
-    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout)
+    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout, notes)
+
+
+def _told(turned: Rotated, params: RtnParams) -> str:
+    """Return what a rotation did, for the user."""
+    said = (
+        f"rotated ({params.rotate}): kurtosis of the weights' rows {turned.kurtosis_before:.2f} before, "
+        f"{turned.kurtosis_after:.2f} after"
+    )
+    if not turned.untied:
+        return said
+    bits = params.embedding_bits if params.lm_head_bits is None else params.lm_head_bits
+    return (
+        f"{said}; the output head is no longer the embedding, because it took the final norm's gain: "
+        f"{turned.untied:,} weights more, {turned.untied * bits // 8:,} bytes at {bits} bits without their scales"
+    )
 
 
 def _settle_tie(source: Path, config: dict[str, Any]) -> None:
@@ -220,10 +243,9 @@ class _Pass:
             self.parts.load(index, layer)
             self.advance(layer, states[0])
         else:
-            if self.prepare is not None:
-                self.prepare(layer, self.job.stream, states[0], weights)
+            found = {} if self.prepare is None else self.prepare(index, layer, states[0], weights)
             done, reports = self.linears(index, layer, states, weights)
-            self.parts.save(index, layer, done, reports)
+            self.parts.save(index, layer, done, [report | found.get(report["linear"], {}) for report in reports])
         if untouched is not None:
             self.advance(untouched, states[1])
 
@@ -314,8 +336,13 @@ class _Pass:
 
 def rounded(weight: torch.Tensor, spec: LinearSpec, params: RtnParams) -> QuantizedLinear:
     """Round ``weight`` to nearest as ``spec`` says, with the clip search of ``params``."""
-    steps = params.clip_steps if spec.bits < 8 else 0  # at 8 bits no clip is better than the whole range
-    return round_to_nearest(weight, bits=spec.bits, group_size=spec.group_size, sym=spec.sym, clip_steps=steps)
+    return round_to_nearest(weight, **grid_of(spec, params.clip_steps), group_size=spec.group_size)
+
+
+def grid_of(spec: LinearSpec, clip_steps: int) -> dict[str, Any]:
+    """Return what the quantizing functions are told of a grid: bits, sym, clip_steps and levels."""
+    steps = clip_steps if spec.bits < 8 else 0  # at 8 bits no clip is better than the whole range
+    return {"bits": spec.bits, "sym": spec.sym, "clip_steps": steps, "levels": NF3 if spec.nf3 else None}
 
 
 def outer_codes(weight: torch.Tensor, job: Job, bits: int) -> QuantizedLinear | None:
@@ -369,7 +396,7 @@ def finish(
         metadata={"stage": ctx.name, "params": job.params.model_dump(mode="json"), "figures": metrics},
     )
     metrics["checkpoint_bytes"] = sum(path.stat().st_size for path in sorted(ctx.out.glob("*.safetensors")))
-    return StageResult(metrics=metrics, notes=layout.notes + _notes(layers) + _spread(metrics))
+    return StageResult(metrics=metrics, notes=[*job.notes, *layout.notes, *_notes(layers), *_spread(metrics)])
 
 
 def _notes(reports: Sequence[Report]) -> list[str]:

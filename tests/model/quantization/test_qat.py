@@ -192,6 +192,7 @@ def test_another_teacher_may_be_learned_from(tmp_path: Path) -> None:
         ({"rule": "lsq"}, "symmetric grid: set sym: true"),
         ({"rule": "elastic", "sym": True}, "start: clip or rtn"),
         ({"rule": "ternary", "sym": True, "bits": 3, "start": "rtn"}, "for 2 bits, not 3"),
+        ({"bits": 3, "grid": "nf3"}, "no rule of qat"),
         ({"confidence": 1.5}, "less than or equal to 1"),
     ],
 )

@@ -1,0 +1,222 @@
+"""Tuning: the search finds a known best within its budget, quality is held, and a kill leaves what was there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from compress.cli import app
+from compress.errors import ParityError, UserError
+from deploy import tune as tuning
+from deploy.bundle import open_bundle, tuned
+from deploy.params import TuneParams
+from deploy.runners import GenaiRunner
+from deploy.tune_search import Judges, NotMeasurable, Rules, Setting, Timing, search
+
+START = Setting(threads=4)
+VALUES = {
+    "threads": [4, 2, 1],
+    "spinning": [True, False],
+    "pinned": [False, True],
+    "prefill_chunk": [None, 64, 32],
+    "accuracy_level": [4, 1],
+}
+QUICK = TuneParams(budget_s=4.0, prompt_tokens=12, new_tokens=4, rounds=1)
+
+
+class Machine:
+    """Times of settings by a formula with one best setting; a busy moment slows each pair down alike."""
+
+    def __init__(self, factors: dict[tuple[str, Any], float], busy: tuple[int, ...] = (1, 2, 3)) -> None:
+        self.factors, self.busy, self.clock, self.count = factors, busy, 0.0, 0
+
+    def measure(self, setting: Setting) -> Timing:
+        """A request under ``setting``."""
+        self.count += 1
+        self.clock += 1.0
+        busy = self.busy[(self.count - 1) // 2 % len(self.busy)]
+        time = busy * float(np.prod([self.factors.get(item, 1.0) for item in asdict(setting).items()]))
+        if setting.threads == 2 and setting.spinning:  # an interaction: spinning hurts there
+            time *= 1.5
+        return Timing(prefill_s=10 * time, decode_s=time)
+
+
+FACTORS = {
+    ("threads", 4): 2.0,
+    ("threads", 2): 1.0,
+    ("threads", 1): 1.8,
+    ("prefill_chunk", 64): 0.9,
+    ("pinned", True): 0.95,
+}
+BEST = Setting(threads=2, spinning=False, pinned=True, prefill_chunk=64)
+
+
+def found(machine: Machine, *, budget: float = 1e9, refuse: Callable[[Setting], str] = lambda _: "") -> Any:
+    """The result of a search on ``machine``."""
+    judges = Judges(machine.measure, refuse, lambda: machine.clock >= budget)
+    return search(START, VALUES, Rules(new_tokens=64, rounds=3), judges)
+
+
+def test_the_search_finds_the_best_setting_and_always_the_same() -> None:
+    best, trials = found(Machine(FACTORS))
+    assert best == BEST
+    assert found(Machine(FACTORS)) == (best, trials)
+    assert {trial.knob for trial in trials} == set(VALUES)
+    assert all(trial.ratio < 0.98 for trial in trials if trial.verdict == "taken")
+
+
+def test_a_search_is_over_when_its_budget_is() -> None:
+    machine = Machine(FACTORS)
+    best, trials = found(machine, budget=7.0)
+    assert machine.clock <= 8.0  # the pair that ran is finished
+    assert best == replace(START, threads=2)  # the first duel was decided
+    assert trials[-1].verdict == "the time was up"
+    assert found(Machine(FACTORS), budget=0.0) == (START, [])
+
+
+def test_nothing_is_taken_where_nothing_helps_enough() -> None:
+    best, trials = found(Machine({("pinned", True): 0.99, ("threads", 2): 0.7}))  # 0.7 * 1.5 is no gain
+    assert best.pinned is False
+    assert best == START or best.threads == 2
+    assert not any(trial.knob == "pinned" and trial.verdict == "taken" for trial in trials)
+
+
+def test_what_costs_quality_is_refused_however_fast() -> None:
+    fast = {("accuracy_level", 1): 0.1}
+    assert found(Machine(fast))[0].accuracy_level == 1
+    refuse = lambda setting: "KL 1" if setting.accuracy_level == 1 else ""  # noqa: E731 - a word
+    best, trials = found(Machine(fast), refuse=refuse)
+    assert best.accuracy_level == 4
+    assert [trial.verdict for trial in trials if trial.knob == "accuracy_level"] == ["refused: KL 1"] * (
+        sum(trial.knob == "accuracy_level" for trial in trials)
+    )
+
+
+def test_a_setting_that_does_not_run_is_passed_over() -> None:
+    machine = Machine(FACTORS, busy=(1,))
+
+    def measure(setting: Setting) -> Timing:
+        if setting.pinned:
+            raise NotMeasurable("no such core")
+        return machine.measure(setting)
+
+    best, trials = search(START, VALUES, Rules(64, rounds=3), Judges(measure, lambda _: "", lambda: False))
+    assert best == replace(BEST, pinned=False)
+    assert any(trial.verdict == "does not run: no such core" for trial in trials)
+
+
+def test_a_tuned_bundle_is_whole_and_answers_as_before(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    result = tuning.tune(bundle, out, QUICK, device="a test")
+    said = open_bundle(out).info["tuned"]
+    assert set(said) >= {"threads", "prefill_chunk", "device", "config_entries", "measured"}
+    assert said["threads"] == result.setting.threads
+    assert said["measured"]["before"]["decode_tokens_per_s"] > 0
+    config = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
+    assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == result.setting.threads
+    runner, before = GenaiRunner(out), GenaiRunner(bundle, threads=1)
+    assert runner.threads == result.setting.threads
+    if result.setting.accuracy_level == 4:
+        assert runner.generate([[9, 8, 7]], 12, set()) == before.generate([[9, 8, 7]], 12, set())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned"]
+    assert not tuned(bundle)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, best: Setting) -> None:
+    """Let the search end at ``best`` without measuring."""
+    rates = {"before": {}, "after": {}}
+    monkeypatch.setattr(tuning, "_find", lambda *_: (best, [], rates))
+
+
+def test_every_setting_is_written_and_read_by_the_runtime(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_cores", lambda: [0, 1])
+    best = Setting(2, False, True, False, prefill_chunk=4, accuracy_level=1)
+    only(monkeypatch, best)
+    out = tmp_path / "tuned"
+    tuning.tune(bundle, out, QUICK, device="a test")
+    config = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
+    session = config["model"]["decoder"]["session_options"]
+    assert (session[tuning.SPINNING], session[tuning.AFFINITIES], session["intra_op_num_threads"]) == ("0", "2", 2)
+    assert (config["search"]["chunk_size"], config["search"]["past_present_share_buffer"]) == (4, False)
+    graph = onnx.load(str(out / "model.onnx"))
+    levels = {a.i for node in graph.graph.node for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {1}
+    assert open_bundle(out).info["onnx"]["accuracy_level"] == 1
+    assert GenaiRunner(out).generate([[9, 8, 7, 6, 5, 4, 3, 2, 1]], 5, set())
+    only(monkeypatch, Setting(2, accuracy_level=1))  # tuned once more: what was set before is gone
+    tuning.tune(out, out, QUICK, device="a test")
+    again = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
+    assert "chunk_size" not in again["search"]
+    assert not {tuning.SPINNING, tuning.AFFINITIES} & set(again["model"]["decoder"]["session_options"])
+
+
+def test_a_bundle_that_answers_otherwise_is_not_written(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, Setting(1))
+    monkeypatch.setattr(tuning, "divergence", lambda *_: 0.5)
+    with pytest.raises(ParityError, match=r"diverges by 0.5 nats per token; expected at most 0.0001"):
+        tuning.tune(bundle, tmp_path / "tuned", QUICK, device="a test")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["write_bundle", "_hold_quality", "_put"])
+def test_a_tune_that_dies_leaves_the_bundle_as_it_was(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle, place)
+    before = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    only(monkeypatch, Setting(1))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, step, die)
+        with pytest.raises(KeyboardInterrupt):
+            tuning.tune(place, place, QUICK, device="a test")
+    assert {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
+    tuning.tune(place, place, QUICK, device="a test")
+    assert tuned(place)["device"] == "a test"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    with monkeypatch.context() as patch:  # where folders cannot be exchanged
+        patch.setattr(tuning, "_exchange", lambda *_: False)
+        tuning.tune(place, place, QUICK, device="another")
+    assert tuned(place)["device"] == "another"
+
+
+def test_stored_and_taken_places_are_refused(bundle: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "artifacts" / "key"
+    stored.mkdir(parents=True)
+    (stored / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"lies in the stored artifact .*key"):
+        tuning.tune(bundle, stored / "bundle", QUICK, device="a test")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match=r"taken: exists already; expected a new folder"):
+        tuning.tune(bundle, tmp_path / "taken", QUICK, device="a test")
+    long = TuneParams(prompt_tokens=10_000)
+    with pytest.raises(UserError, match=r"prompt_tokens 10000 and new_tokens 64; expected at most 256 together"):
+        tuning.tune(bundle, tmp_path / "new", long, device="a test")
+
+
+def test_the_command_shows_what_it_tried(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ["--budget", "2", "--prompt-tokens", "8", "--new-tokens", "3"]
+    result = CliRunner().invoke(app, ["tune", str(bundle), *short])
+    assert result.exit_code == 0, result.output
+    assert "decode:" in result.output
+    assert tuned(tmp_path / f"{bundle.name}-tuned")
+    refused = CliRunner().invoke(app, ["tune", str(bundle), "--in-place", "--out", "x"])
+    assert refused.exit_code == 2
