@@ -73,6 +73,7 @@ def shuffled(targets: Any) -> Any:
 def run(name: str, model: Path, data: Path, *, bits: int, seed: int, **common: int) -> tuple[float, dict[str, Any]]:
     """Quantize by a method; returns the loss on unseen stories and the stage's figures."""
     given: dict[str, Any] = {"bits": bits, **common, "max_tokens": TOKENS, "calibration_draws": 1, "learn": "all"}
+    given["learning_rate"] = 3e-3 if bits == 2 else 1e-3
     params = QatParams(**(given | METHODS[name]))
     honest = qat_stage.teacher_targets
     if "shuffled" in name:

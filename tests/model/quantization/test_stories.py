@@ -108,6 +108,7 @@ def test_two_bits_trained_through_the_rounding(tmp_path: Path, monkeypatch: pyte
 
     def perplexity(number: int, **more: Any) -> float:
         options: dict[str, Any] = {"bits": 2, "calibration_draws": 1, "max_tokens": 128, "batch_tokens": 2048}
+        options |= {"learning_rate": 3e-3}
         qat_stage.quantize(QatParams(**(options | {"steps": 60} | more)), contexts[number])
         return math.exp(mean_loss(load_model(contexts[number].out), scored))
 
