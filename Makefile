@@ -11,7 +11,8 @@ TORCH_FOUND = $(BIN)/pip install --dry-run --ignore-installed --no-deps --quiet 
 # What `make install` installs: this tree, or a wheel of it.
 PACKAGE ?= .
 
-.PHONY: setup install quickstart test test-all check format wheel-test dockerfile-lint emulate-arm64 clean
+.PHONY: setup install quickstart test test-all interop optimum-env check format wheel-test dockerfile-lint \
+  emulate-arm64 clean
 
 # Makes the environment VENV and installs $(1) into it, everything at the versions that were tested.
 define install-into-venv
@@ -42,7 +43,52 @@ test: setup
 	$(BIN)/pytest
 
 test-all: setup
-	$(BIN)/pytest -m 'not hardware'
+	$(BIN)/pytest -m 'not hardware and not interop'
+
+# What we write, opened by other tools, each in an environment of its own under build/interop. Building llama-cpp-python
+# takes about 15 minutes on 2 cores; a folder with its wheel shortens that: make interop LLAMA_CPP_WHEELS=FOLDER
+INTEROP := build/interop
+LLAMA_CPP := llama-cpp-python==0.3.36
+STRANGER := transformers==5.23.0 gptqmodel==7.6.0 optimum==2.3.0 accelerate==1.15.0
+AUTO_GPTQ_NEEDS := transformers==4.57.6 peft==0.14.0 accelerate==1.15.0 datasets==5.0.1 numpy==2.2.6
+OPTIMUM := transformers==4.57.6 optimum==2.1.0 optimum-onnx==0.1.0 accelerate==1.15.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2
+
+interop: setup $(INTEROP)/stranger/.ready $(INTEROP)/auto-gptq/.ready $(INTEROP)/llama-cpp/.ready optimum-env
+	EDGESTILL_INTEROP=1 $(BIN)/pytest -m 'interop or slow or not slow' tests/interop tests/deploy/test_export_gptq.py
+
+# $(1) is a new environment with the project's torch in it.
+define torch-venv
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet 'pip>=24'
+	if $(TORCH_FOUND) | grep -q '"version": "2.13.0+cpu"'; then $(1)/bin/pip install --quiet $(TORCH); \
+	  else $(1)/bin/pip install --quiet --index-url $(TORCH_INDEX) $(TORCH); fi
+endef
+
+$(INTEROP)/stranger/.ready: Makefile
+	$(call torch-venv,$(@D))
+	$(@D)/bin/pip install --quiet $(TORCH) $(STRANGER)
+	touch $@
+
+# AutoGPTQ is archived: its sdist builds only beside an installed torch, without its CUDA kernels.
+$(INTEROP)/auto-gptq/.ready: Makefile
+	$(call torch-venv,$(@D))
+	$(@D)/bin/pip install --quiet $(TORCH) $(AUTO_GPTQ_NEEDS) setuptools wheel
+	BUILD_CUDA_EXT=0 $(@D)/bin/pip install --quiet --no-build-isolation auto-gptq==0.7.1
+	touch $@
+
+$(INTEROP)/llama-cpp/.ready: Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet 'pip>=24'
+	$(@D)/bin/pip install --quiet $(if $(LLAMA_CPP_WHEELS),--find-links $(LLAMA_CPP_WHEELS)) $(LLAMA_CPP) numpy==2.2.6
+	touch $@
+
+# For edgestill export --backend optimum: optimum-onnx needs an older transformers than edgestill.
+optimum-env: setup build/optimum/.ready
+
+build/optimum/.ready: Makefile
+	$(call torch-venv,$(@D))
+	$(@D)/bin/pip install --quiet $(TORCH) $(OPTIMUM)
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .

@@ -253,21 +253,34 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
         print(f"note: {note}")
 
 
+class Backend(StrEnum):
+    """Who draws the ONNX graph."""
+
+    builder = "builder"
+    optimum = "optimum"
+
+
 class Format(StrEnum):
     """Export formats."""
 
     onnx = "onnx"
     gptq = "gptq"
+    gguf = "gguf"
 
 
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, quantized by edgestill or not.")],
     *,
-    target: Annotated[str, typer.Option(help="The device; see: edgestill ls targets")],
-    formats: Annotated[list[Format] | None, typer.Option("--format", help="May be given twice.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else MODEL-TARGET here.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The device that it must fit; see: edgestill ls targets. Left out: any device.")
+    ] = None,
+    formats: Annotated[list[Format] | None, typer.Option("--format", help="May be given several times.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; else MODEL-TARGET or MODEL-bundle here.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Rows whose prompts prove parity.")] = None,
+    backend: Annotated[Backend, typer.Option(help="Who draws the ONNX graph.")] = Backend.builder,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -275,8 +288,10 @@ def export(
     from compress.single import Request, run_stage, stage_and_params
 
     chosen = ", ".join(one.value for one in formats or [Format.onnx])
-    line, params = stage_and_params("deploy.export", [f"formats=[{chosen}]", *(overrides or [])])
-    place = out or Path(f"{model.resolve().name}-{Path(target).stem}")
+    line, params = stage_and_params(
+        "deploy.export", [f"formats=[{chosen}]", f"backend={backend.value}", *(overrides or [])]
+    )
+    place = out or Path(f"{model.resolve().name}-{'bundle' if target is None else Path(target).stem}")
     inputs = {"model": model, **({"data": data} if data is not None else {})}
     result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))
     _show_result(result.metrics, result.notes, as_json=as_json)

@@ -61,6 +61,7 @@ INSTRUCTION_SETS = (
 # extra -> (package that is looked for, what it is needed for)
 EXTRAS: dict[str, tuple[str, str]] = {
     "ray": ("ray", "spreading data stages over processes and machines with Ray"),
+    "gguf": ("gguf", "export for llama.cpp"),
     "dev": ("pytest", "tests and checks"),
 }
 

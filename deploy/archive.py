@@ -13,7 +13,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from typing import IO, Any
 import zstandard
 
 from compress.errors import ModelError, StoreError, UserError
-from deploy.bundle import BUNDLE_FILE, GPTQ_FOLDER, open_bundle
+from deploy.bundle import BUNDLE_FILE, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
 LEVEL = 10  # weights hardly shrink: higher levels cost time and save nothing
@@ -60,7 +60,7 @@ def pack(folder: Path, out: Path, *, added: Mapping[str, Any] | None = None) -> 
     if added:
         text = json.dumps({**bundle.info, **added}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         described = text.encode("utf-8")
-    prefix = "" if bundle.info["files"] else f"{GPTQ_FOLDER}/"
+    prefix = _prefix(bundle.formats)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -160,17 +160,22 @@ def _read(archive: Path, tar: tarfile.TarFile, out: Path, limited: _Limited) -> 
         raise ModelError(str(archive), f"{min(sizes)} is not in it", do=_REPAIR)
 
 
+def _prefix(formats: Sequence[str]) -> str:
+    folder = shipped_folder(formats)
+    return f"{folder}/" if folder else ""
+
+
 def _expected(archive: Path, described: Path) -> dict[str, int]:
-    """Names and sizes that ``bundle.json`` announces: plain names, or plain names in ``gptq/``."""
+    """Names and sizes that ``bundle.json`` announces: plain names, or plain names in the folder of a format."""
     try:
         info = json.loads(described.read_text(encoding="utf-8"))
-        files = {name: facts["bytes"] for name, facts in (info.get("files") or {}).items()}
-        if not files:
-            files = {f"{GPTQ_FOLDER}/{name}": facts["bytes"] for name, facts in info["gptq_files"].items()}
+        prefix = _prefix(info["formats"])
+        described_files = info[f"{prefix.removesuffix('/')}_files" if prefix else "files"]
+        files = {prefix + name: facts["bytes"] for name, facts in described_files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{archive}: {BUNDLE_FILE}", f"cannot be read ({error!r})", do=_REPAIR) from error
     for name, size in files.items():
-        plain = name.removeprefix(f"{GPTQ_FOLDER}/")
+        plain = name.removeprefix(prefix)
         if Path(plain).name != plain or plain in ("", ".", "..", BUNDLE_FILE) or "\\" in plain or "\0" in plain:
             raise ModelError(f"{archive}: {BUNDLE_FILE}", f"the file name {name!r}", "a plain name", _REPAIR)
         if not isinstance(size, int) or size < 0:

@@ -1,15 +1,16 @@
 """The bundle: one folder that is copied to the device, with ``bundle.json`` that says what is in it and vouches for it.
 
 `write_bundle` describes a finished folder, `open_bundle` reads it back and refuses one that is damaged, `bundle_bytes`
-is what is copied: what the runtime opens, ``run.py`` and ``bundle.json``. A GPTQ checkpoint of the same codes may lie
-beside them in ``gptq/``; it is described too, and counts only in a bundle that holds nothing else, which nothing here
-runs. Knows nothing of how a bundle is made or run; imports no torch and no runtime.
+is what is copied: what the runtime opens, ``run.py`` and ``bundle.json``. A GGUF file or GPTQ checkpoint of the same
+codes may lie beside them in ``gguf/`` and ``gptq/``; they are described too, and the first of them counts in a bundle
+without an ONNX model, which nothing here runs. Knows nothing of how a bundle is made or run; imports no torch and no
+runtime.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from compress.errors import ModelError
 from compress.files import file_sha256
 
 BUNDLE_FILE = "bundle.json"
-GPTQ_FOLDER = "gptq"
+GGUF_FOLDER, GPTQ_FOLDER = "gguf", "gptq"
+BESIDE = (GGUF_FOLDER, GPTQ_FOLDER)  # formats in folders of their own; where there is no ONNX model, the first ships
 RUNNER_FILE = "run.py"
 RUNNER = Path(__file__).parent / "bundle_runner" / RUNNER_FILE  # copied into every bundle that a runtime opens
 FORM = 1
@@ -34,7 +36,7 @@ class Bundle:
 
     @property
     def formats(self) -> list[str]:
-        """What is in it: ``onnx``, ``gptq``."""
+        """What is in it: ``onnx``, ``gguf``, ``gptq``."""
         return list(self.info["formats"])
 
     @property
@@ -56,8 +58,8 @@ class Bundle:
 
     @property
     def shipped(self) -> Mapping[str, Mapping[str, Any]]:
-        """What is copied to the device: the runtime's files; where there are none, the GPTQ checkpoint's."""
-        found: Mapping[str, Mapping[str, Any]] = self.info["files"] or self.info["gptq_files"]
+        """What is copied to the device: the runtime's files; where there are none, those of the first of `BESIDE`."""
+        found: Mapping[str, Mapping[str, Any]] = self.info[_shipped_key(self.formats)]
         return found
 
     @property
@@ -86,10 +88,11 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_bundle(folder: Path, facts: Mapping[str, Any]) -> Bundle:
-    """Write ``bundle.json`` over the finished files of ``folder`` and ``folder/gptq``; ``facts`` go in as they are."""
+    """Write ``bundle.json`` over the finished files of ``folder`` and of the formats in folders of their own."""
     info = {"edgestill": FORM, **facts, "files": describe(folder)}
-    if (folder / GPTQ_FOLDER).is_dir():
-        info["gptq_files"] = describe(folder / GPTQ_FOLDER)
+    for form in BESIDE:
+        if (folder / form).is_dir():
+            info[f"{form}_files"] = describe(folder / form)
     text = json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / BUNDLE_FILE).write_text(text, encoding="utf-8")
     return Bundle(folder, info)
@@ -111,14 +114,27 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
         raise ModelError(str(path), f"cannot be read ({error})", "a bundle's JSON", _REPAIR) from error
     if not isinstance(info, dict) or info.get("edgestill") != FORM:
         raise ModelError(str(path), "not a bundle of this form", f'"edgestill": {FORM}', _REPAIR)
-    alone = info.get("formats") == [GPTQ_FOLDER]  # no file for a runtime, and the checkpoint is what ships
-    for key in ("formats", "model", "gptq_files" if alone else "files"):
+    shipped = _shipped_key(info.get("formats") or [])
+    for key in ("formats", "model", shipped):
         if not info.get(key):
             raise ModelError(str(path), f"no {key}", "formats, model and files", _REPAIR)
     _check_files(folder, info["files"], verify=verify)
-    if alone or (GPTQ_FOLDER in info["formats"] and (folder / GPTQ_FOLDER).is_dir()):
-        _check_files(folder / GPTQ_FOLDER, info.get("gptq_files", {}), verify=verify)
+    for form in BESIDE:
+        files = f"{form}_files"
+        if files == shipped or (form in info["formats"] and (folder / form).is_dir()):
+            _check_files(folder / form, info.get(files, {}), verify=verify)
     return Bundle(folder, info)
+
+
+def shipped_folder(formats: Sequence[str]) -> str:
+    """The folder within a bundle of these formats whose files go to the device; empty: the bundle's own."""
+    beside = [form for form in BESIDE if form in formats]
+    return beside[0] if beside and "onnx" not in formats else ""
+
+
+def _shipped_key(formats: Sequence[str]) -> str:
+    folder = shipped_folder(formats)
+    return f"{folder}_files" if folder else "files"
 
 
 def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> None:

@@ -16,7 +16,7 @@ PROMPTS = (
 )
 
 
-Format = Literal["onnx", "gptq"]
+Format = Literal["onnx", "gptq", "gguf"]
 
 
 def _default_formats() -> list[Format]:
@@ -27,7 +27,14 @@ class ExportParams(Params):
     """What is written, how its graph computes, and how closely it must agree with the checkpoint in torch."""
 
     formats: list[Format] = Field(
-        default_factory=_default_formats, min_length=1, description="onnx: the bundle; gptq: a checkpoint beside it"
+        default_factory=_default_formats,
+        min_length=1,
+        description="onnx: the bundle; beside it gptq: a checkpoint, gguf: a file for llama.cpp",
+    )
+    backend: Literal["builder", "optimum"] = Field(
+        "builder",
+        description="who draws the ONNX graph: onnxruntime-genai's builder, which keeps codes; or optimum-onnx, plain "
+        "operators in fp32, in an environment of its own (make optimum-env)",
     )
     accuracy_level: Literal[0, 1, 4] = Field(
         4, description="of the int4 products: 4 rounds activations to 8 bits, two to three times faster; 0, 1: fp32"

@@ -19,7 +19,7 @@ from compress.yaml_reader import KeyPath, read_yaml_file
 
 NAME = r"^[a-z0-9][a-z0-9.-]*$"
 SUFFIXES = (".yaml", ".yml")
-Format = Literal["onnx", "gptq"]
+Format = Literal["onnx", "gptq", "gguf"]
 
 
 class Target(BaseModel):

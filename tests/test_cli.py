@@ -380,6 +380,26 @@ def test_export_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["metrics"]["bundle_bytes"] == sum(path.stat().st_size for path in place.iterdir())
 
 
+def test_export_needs_no_target_for_a_gguf_file(
+    exported: tuple[Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'edgestill[gguf]'")
+    monkeypatch.chdir(tmp_path)
+    result = call("export", exported[1].parent / "q", "--format", "gguf", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["metrics"]["gguf_bytes"] == (tmp_path / "q-bundle" / "gguf" / "model.gguf").stat().st_size
+    assert "bundle_bytes counts the GGUF file in gguf/" in told["notes"][0]
+
+
+def test_the_backend_optimum_says_what_it_needs(
+    exported: tuple[Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGESTILL_OPTIMUM_PYTHON", str(tmp_path / "none"))
+    arguments = ["--backend", "optimum", "--out", tmp_path / "out"]
+    assert "Make it with: make optimum-env" in failed(call("export", exported[1].parent / "q", *arguments), 2)
+
+
 def test_bench_times_a_bundle(exported: tuple[Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     short = ["--set", "prompt_tokens=4", "--set", "new_tokens=4", "--set", "repeats=1", "--threads", "1"]

@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 
 from compress.errors import ModelError, ParityError
-from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files
+from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files, write_json
 from compress.model.quantization import packing
 from compress.model.quantization.layout import stored_as
+from compress.model.shapes import architecture
 
 CARD = "README.md"
-_COPIED = ("config.json", "generation_config.json")
+_GENERATION = "generation_config.json"
 
 
 def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -40,9 +41,11 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
         )
     packing.check_quantization_config(settings, where=str(source / "config.json"))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    common = common_config(config)
+    write_json(folder / "config.json", common)
+    write_json(folder / "quantize_config.json", common["quantization_config"])  # where AutoGPTQ looks for it
+    if (source / _GENERATION).is_file():
+        shutil.copyfile(source / _GENERATION, folder / _GENERATION)
     for path in weight_files(source):
         shutil.copyfile(path, folder / path.name)
     index = source / "model.safetensors.index.json"
@@ -58,6 +61,29 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
         "matrices": matrices,
         "bytes": sum(path.stat().st_size for path in sorted(folder.iterdir())),
     }
+
+
+def common_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with what older and stricter readers ask for; ours read the same from it.
+
+    transformers 4 knows no ``rope_parameters`` and without ``rope_theta`` silently takes 10000. GPTQModel, AutoGPTQ and
+    transformers refuse a ``damp_percent`` of 0, which rounding to nearest has; nobody needs it to open a folder.
+    """
+    settings = dict(config["quantization_config"])
+    if not 0 < float(settings.get("damp_percent") or 0) < 1:
+        settings.pop("damp_percent", None)
+    return older_rotary({**config, "quantization_config": settings})
+
+
+def older_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` with the rotary settings under their names of transformers 4 beside those of 5."""
+    new, rope = dict(config), dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None)
+    if theta is not None:
+        new["rope_theta"] = theta
+        if rope.get("rope_type", "default") != "default":
+            new["rope_scaling"] = rope
+    return new
 
 
 def read_codes(folder: Path) -> Iterator[tuple[str, packing.QuantizedLinear]]:
@@ -109,8 +135,10 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "Layout: GPTQ, checkpoint format `gptq` (int32 `qweight` and `qzeros`, stored zero = zero point - 1, fp16",
         "`scales`, int32 `g_idx`). Other tensors are plain.",
         "",
-        "Readers that edgestill's tests prove: edgestill itself, and the onnxruntime-genai model builder 0.18, whose",
-        "models gave the same logits within 4e-4 in fp32 arithmetic. Others (GPTQModel, transformers) are not tested.",
+        "Readers that edgestill's tests prove:",
+        "",
+        *(f"- {line}" for line in _readers(config)),
+        "",
         "The builder is called like this:",
         "",
         "    python -m onnxruntime_genai.models.builder -i FOLDER -o OUT -p int4 -e cpu -c CACHE \\",
@@ -122,6 +150,23 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         lines += ["", "| fact | value |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(facts[name])} |" for name in sorted(facts)]
     return "\n".join(lines) + "\n"
+
+
+def _readers(config: Mapping[str, Any]) -> list[str]:
+    """Who opens such a folder, as ``tests/interop`` and ``tests/deploy/test_export_gptq.py`` show."""
+    settings = config["quantization_config"]
+    lines = [
+        "edgestill itself;",
+        "the onnxruntime-genai model builder 0.18: the same logits within 4e-4 in fp32 arithmetic;",
+        "GPTQModel 7.6: the same codes, logits to the rounding of fp16."
+        + ("" if settings["sym"] else " It refuses asymmetric codes that it did not write itself;"),
+    ]
+    if settings.get("dynamic"):
+        return [*lines, "not transformers alone and not AutoGPTQ: they know no widths for single linears (`dynamic`)."]
+    if settings["group_size"] != -1:  # for some of these the kernel that it picks on a CPU, TorchFusedLinear, gave NaN
+        lines.append("transformers 5.23 with GPTQModel and optimum installed: logits to the rounding of bf16;")
+    older = architecture(config) in ("LlamaForCausalLM", "Qwen2ForCausalLM") and not config.get("tie_word_embeddings")
+    return [*lines, "AutoGPTQ 0.7.1 with transformers 4.57: logits within 1e-3."] if older else lines
 
 
 def _cell(value: Any) -> str:

@@ -124,23 +124,28 @@ def _write_config(genai_config: dict[str, Any], source: Tensors, context: int, p
     config = json.loads(json.dumps(genai_config))
     model = config["model"]
     model["context_length"], model["decoder"]["hidden_size"] = context, int(source.config["hidden_size"])
-    model["eos_token_id"] = _ends(model["eos_token_id"], source)
+    model["eos_token_id"] = end_tokens(model["eos_token_id"], source.folder)
     keep = ("past_present_share_buffer",)
     search = {name: value for name, value in config["search"].items() if name in keep}
     config["search"] = search | {"do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1}
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _ends(found: int | list[int], source: Tensors) -> int | list[int]:
-    """Return the ids that end an answer: the builder's, and the tokenizer's EOS, which chat models end a turn with."""
+def end_tokens(found: int | list[int], folder: Path) -> int | list[int]:
+    """Return the ids that end an answer: those ``found``, and the EOS of the tokenizer in ``folder``.
+
+    Chat models end a turn with the latter. ModelError when there is none at all.
+    """
     ends = set(found if isinstance(found, list) else [found])
-    settings = source.folder / "tokenizer_config.json"
+    settings = folder / "tokenizer_config.json"
     if settings.is_file():
         eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
         text = eos.get("content") if isinstance(eos, dict) else eos
-        added = json.loads((source.folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
         ends |= {int(token["id"]) for token in added if token.get("content") == text}
     kept = sorted(end for end in ends if end is not None and end >= 0)
+    if not kept:
+        raise ModelError(str(folder), "no token that ends an answer", "eos_token_id in config.json")
     return kept[0] if len(kept) == 1 else kept
 
 

@@ -2,29 +2,34 @@
 
 `export` writes the formats that are asked for, checks parity in the runtime, checks that the bundle fits the target,
 and describes everything in ``bundle.json``. If any of it fails it raises, and nothing is stored. Knows the pipeline's
-contract for stages; how a format is written is known to `onnx` and `gptq`.
+contract for stages; how a format is written is known to `onnx`, `optimum`, `gptq` and `gguf`.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compress.context import StageContext, StageResult
 from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
-from compress.files import licence_of
+from compress.files import NOT_STATED, licence_of
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
-from deploy.bundle import GPTQ_FOLDER, RUNNER, RUNNER_FILE, Bundle, write_bundle
+from deploy.bundle import BESIDE, GGUF_FOLDER, GPTQ_FOLDER, RUNNER, RUNNER_FILE, Bundle, write_bundle
+from deploy.export.gguf import export_gguf
 from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
+from deploy.export.optimum import interpreter, write_optimum
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
 from deploy.sizing import Precision, check_fit, estimate
+
+_SAID = {GPTQ_FOLDER: "GPTQ checkpoint", GGUF_FOLDER: "GGUF file"}
 
 
 def export(params: ExportParams, ctx: StageContext) -> StageResult:
@@ -34,6 +39,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         ModelError: the checkpoint cannot be exported, or a format needs codes that it does not have.
         TargetError: the target does not run a format, or the bundle does not fit it.
         ParityError: the exported graph computes something else than the checkpoint.
+        UserError: the package for a format, or the environment of a back-end, is missing.
     """
     source = ctx.inputs["model"]
     config = read_config(source)
@@ -48,24 +54,28 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
     result = StageResult(metrics={"parameters": parameter_count(config)})
     if "gptq" in params.formats:
         _export_gptq(source, ctx.out / GPTQ_FOLDER, str(facts["licence"]), result)
+    if "gguf" in params.formats:
+        facts["gguf"] = _export_gguf(source, ctx.out / GGUF_FOLDER, str(facts["licence"]), result)
     if "onnx" in params.formats:
         facts |= _export_onnx(params, ctx, source, result)
     bundle = write_bundle(ctx.out, facts)
     result.metrics["bundle_bytes"] = bundle.bytes
-    if "gptq" in params.formats:
+    if set(params.formats) != {"onnx"}:
         result.notes.append(_counted(bundle))
     return result
 
 
 def _counted(bundle: Bundle) -> str:
     """What ``bundle_bytes`` counts, where a folder holds more than the runtime opens."""
+    beside = [form for form in BESIDE if form in bundle.formats]
+    told = [f"the {_SAID[form]} in {form}/ ({form}_bytes)" for form in beside]
     if "onnx" in bundle.formats:
         return (
-            f"bundle_bytes counts the {len(bundle.shipped)} files that go to the device, with bundle.json; the GPTQ "
-            f"checkpoint in {GPTQ_FOLDER}/ (gptq_bytes) is not needed there and not counted"
+            f"bundle_bytes counts the {len(bundle.shipped)} files that go to the device, with bundle.json; "
+            f"{' and '.join(told)} {'is' if len(told) == 1 else 'are'} not needed there and not counted"
         )
     return (
-        f"bundle_bytes counts the GPTQ checkpoint in {GPTQ_FOLDER}/, with bundle.json; there is no ONNX model, so "
+        f"bundle_bytes counts the {_SAID[beside[0]]} in {beside[0]}/, with bundle.json; there is no ONNX model, so "
         "that edgestill can neither judge nor time this bundle"
     )
 
@@ -81,6 +91,8 @@ def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, An
             "codes, for the format gptq",
             "Put model.quantization before the export, or leave gptq out of the formats",
         )
+    if params.backend == "optimum":
+        interpreter()
     if ctx.target is None:
         return
     missing = [form for form in params.formats if form not in ctx.target.formats]
@@ -88,7 +100,8 @@ def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, An
         raise TargetError(
             f"target {ctx.target.name}", f"format {missing[0]}", f"one of {', '.join(ctx.target.formats)}"
         )
-    check_fit(estimate(config, Precision.of_checkpoint(source, config), ctx.target, _context(params, ctx)), ctx.target)
+    precision = Precision() if params.backend == "optimum" else Precision.of_checkpoint(source, config)
+    check_fit(estimate(config, precision, ctx.target, _context(params, ctx)), ctx.target)
 
 
 def _context(params: ExportParams, ctx: StageContext) -> int | None:
@@ -100,13 +113,21 @@ def _export_gptq(source: Path, out: Path, licence: str, result: StageResult) -> 
     result.metrics |= {"gptq_bytes": written["bytes"], "gptq_matrices": written["matrices"]}
 
 
+def _export_gguf(source: Path, out: Path, licence: str, result: StageResult) -> dict[str, Any]:
+    """Write the GGUF file; return what ``bundle.json`` says of it."""
+    written = export_gguf(source, out, licence=None if licence == NOT_STATED else licence)
+    result.metrics["gguf_bytes"] = written["bytes"]
+    result.notes += written["notes"]
+    return {"weights": written["weights"], "notes": written["notes"]}
+
+
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
     """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
     options = OnnxOptions(
         accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx), last_logits=params.last_logits
     )
     ctx.progress.say("writing the ONNX model")
-    report = write_onnx(source, ctx.out, options=options)
+    report = _writer(params)(source, ctx.out, options=options)
     write_tokenizer(source, ctx.out)
     (ctx.out / RUNNER_FILE).write_bytes(RUNNER.read_bytes())
     ctx.progress.say("proving that it computes what the checkpoint computes")
@@ -131,6 +152,11 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     return {"onnx": _onnx_facts(params, report), "parity": parity.facts()}
 
 
+def _writer(params: ExportParams) -> Callable[..., OnnxReport]:
+    """Return what writes the ONNX graph."""
+    return write_onnx if params.backend == "builder" else write_optimum
+
+
 def _said(parity: Parity) -> str:
     shipped = parity.shipped
     return (
@@ -145,7 +171,8 @@ def _onnx_facts(params: ExportParams, report: OnnxReport) -> dict[str, Any]:
 
     return {
         "runtime": {"onnxruntime": onnxruntime.__version__, "onnxruntime-genai": onnxruntime_genai.__version__},
-        "accuracy_level": params.accuracy_level,
+        "backend": params.backend,
+        "accuracy_level": params.accuracy_level if params.backend == "builder" else 1,
         "context_tokens": report.context_tokens,
         "head_size": report.head_size,
         "nodes": report.nodes,

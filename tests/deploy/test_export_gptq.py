@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from compress.model.quantization.gptq_stage import round_to_nearest
 from compress.model.quantization.params import RtnParams
 from compress.progress import Progress
 from deploy.export.gptq import export_gptq, read_codes, verify
+from deploy.export.tensors import rotary
 from tests.tiny import tiny_checkpoint
 
 WIDE: dict[str, Any] = {"hidden": 64, "heads": 4, "head_dim": 16, "ffn": 96}  # the runtime takes heads of 16 and more
@@ -58,12 +60,32 @@ def test_the_export_holds_the_codes_and_only_common_files(bits: int, sym: bool, 
         assert name == other
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     card = (out / "README.md").read_text()
-    assert "Others (GPTQModel, transformers) are not tested" in card, "a card says no more than docs/methods.md"
+    assert "- transformers 5.23 with GPTQModel" in card
+    assert ("refuses asymmetric codes" in card) != sym, "a card says no more than tests/interop shows"
+    assert "AutoGPTQ" not in card, "which leaves a tied embedding out"
     assert "| exact match | 97\\|1 % |" in card
     assert f"{4 if bits == 3 else bits} bits, groups of 32 inputs, {'symmetric' if sym else 'asymmetric'}" in card
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert json.loads((out / "quantize_config.json").read_text()) == settings
+    assert "damp_percent" not in settings, "rounding has none, and 0 is refused by GPTQModel and transformers"
     again = export_gptq(source, tmp_path / "again", facts={"exact match": "97|1 %", "licence": "MIT"})
     assert again == figures
     assert all((tmp_path / "again" / name).read_bytes() == (out / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_older_readers_find_the_rotary_base(scaled: bool, tmp_path: Path) -> None:
+    source = quantized(tmp_path)
+    config = read_config(source)
+    rope = {"rope_type": "linear", "factor": 2.0} if scaled else {"rope_type": "default"}
+    write_json(source / "config.json", config | {"rope_parameters": rope | {"rope_theta": 50_000.0}})
+    export_gptq(source, tmp_path / "out")
+    written = read_config(tmp_path / "out")
+    assert written["rope_theta"] == 50_000, "where transformers 4 looks"
+    assert written.get("rope_scaling") == (rope if scaled else None)
+    for ours, theirs in zip(rotary(read_config(source)), rotary(written), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert rotary(written)[0][1] < rotary(config)[0][1], "the base does count"
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "qzeros", "scales"])

@@ -133,7 +133,7 @@ def test_the_licence_comes_from_the_model_card(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == NOT_STATED
 
 
-@pytest.mark.parametrize("value", [{"accuracy_level": 2}, {"formats": []}, {"formats": ["gguf"]}, {"max_kl": 0.0}])
+@pytest.mark.parametrize("value", [{"accuracy_level": 2}, {"formats": []}, {"formats": ["ggml"]}, {"max_kl": 0.0}])
 def test_parameters_out_of_range_are_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(value))):
         ExportParams(**value)
