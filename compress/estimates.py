@@ -17,7 +17,7 @@ from compress.errors import TargetError
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
 from compress.model.quantization.layout import choose, untied_by
-from compress.model.quantization.params import RtnParams
+from compress.model.quantization.params import QatParams, RtnParams
 from compress.model.shapes import check_config, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
 from compress.run_record import TIME_OF_ALL, TIME_TO_RUN, EstimateRecord
@@ -242,7 +242,13 @@ class _Walk:
         others = {path: (spec.stored_bits, spec.group_size) for path, spec in layout.linears.items()}
         self._becomes(node, _State(config, values, others))
         draws = int(values.get("calibration_draws", 1))
-        return 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
+        seconds = 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
+        if isinstance(params, QatParams):
+            self._training_memory(before, params)
+            tokens = (params.steps + params.scale_steps) * params.batch_tokens
+            seconds += self.training(before.parameters, tokens) + self.forward(before.parameters, tokens)
+            seconds += self.training(before.parameters, params.block_steps * params.batch_size * params.max_tokens)
+        return seconds
 
     def _export(self, node: Node) -> float:
         self.bundle = self.model_of(node)

@@ -198,6 +198,16 @@ STAGES: tuple[Stage, ...] = (
         summary="round weights to the nearest code, no data needed",
     ),
     Stage(
+        "model.quantization",
+        "qat",
+        "compress.model.quantization.params:QatParams",
+        "compress.model.quantization.qat_stage:quantize",
+        reads=("data", "model"),
+        writes="model",
+        uses=("teacher?",),
+        summary="train the weights through their rounding, with the model itself as teacher (2 and 3 bits)",
+    ),
+    Stage(
         "deploy.export",
         "bundle",
         "deploy.params:ExportParams",

@@ -61,3 +61,9 @@ def mixed(
         total += (1.0 - kd_weight) * cross_entropy(student, label, label_smoothing)
         total += kd_weight * temperature**2 * forward_kl(teacher, student, temperature)
     return total
+
+
+def cakld(teacher_logits: Row, student_logits: Row, confidence: float, temperature: float = 1.0) -> float:
+    """g KL(student || teacher) + (1 - g) KL(teacher || student), both at ``temperature``."""
+    p, q = softmax(teacher_logits, temperature), softmax(student_logits, temperature)
+    return confidence * kl(q, p) + (1.0 - confidence) * kl(p, q)

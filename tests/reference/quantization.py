@@ -197,3 +197,41 @@ def rotated_linears(
               if f"{name}.bias" in state}  # fmt: skip
     assert np.allclose(stream @ stream.T, identity), "the basis must be orthogonal"
     return found | biases
+
+
+def trained_level(weight: float, step: float, zero: int, *, bits: int, rule: str) -> float:
+    """Return the level of one weight: the nearest of the rule's levels, as far as the rule's clip lets it be."""
+    ratio = weight / step
+    if rule == "elastic":  # cells of two steps, the levels in their middles
+        return float(min((-3, -1, 1, 3), key=lambda level: abs(level - ratio)))
+    if rule == "ternary":
+        return float(min((-1, 0, 1), key=lambda level: abs(level - ratio)))
+    return float(min(range(-zero, 2**bits - zero), key=lambda level: abs(level - ratio)))
+
+
+def surrogate(
+    weight: float, step: float, zero: float, held: tuple[float, float, float], *, bits: int, rule: str
+) -> float:
+    """Return what a rounded weight is taken for when it is differentiated, near the point ``held``.
+
+    The rounding error at ``held`` (weight, step, zero point) is kept, and with it on which side of the clip it lay.
+    """
+    at_weight, at_step, at_zero = held
+    ratio, level = at_weight / at_step, trained_level(at_weight, at_step, round(at_zero), bits=bits, rule=rule)
+    top = 2**bits - 1
+    if rule in ("elastic", "ternary"):
+        inside = abs(ratio) <= 0.99 * {"elastic": 4.0, "ternary": 1.5}[rule]
+    elif rule == "lsq":
+        inside = -at_zero <= ratio <= top - at_zero
+    else:
+        inside = -at_zero <= round(ratio) <= top - at_zero
+    if inside:
+        return (weight / step + (level - ratio)) * step
+    if rule in ("elastic", "ternary"):
+        return level * step
+    return (-zero if ratio < 0 else top - zero) * step
+
+
+def row_error(weight: Array, rounded: Array, moment: Array) -> Array:
+    """Return the output error e' H e of each row (out,)."""
+    return np.array([float(e @ moment @ e) for e in rounded - weight])

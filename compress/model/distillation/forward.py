@@ -60,7 +60,7 @@ def is_plain(model: nn.Module) -> bool:
         and not getattr(decoder, "gradient_checkpointing", False)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
         and all(
-            type(linear) is nn.Linear for layer in decoder.layers for linear in linears(layer).values()
+            type(linear).forward is nn.Linear.forward for layer in decoder.layers for linear in linears(layer).values()
         )  # no adapters
     )
     return plain

@@ -1,16 +1,17 @@
 """Losses of distillation, as pure functions: tensors in, loss per position and gradient out.
 
-`cross_entropy` and `forward_kl` take logits and return (loss, d loss / d logits) in closed form; `fused_loss` takes
-hidden states at the kept positions and the output head, and runs both in chunks of positions, so that the matrix
-positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities), `Sparse` (top k and
-the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows nothing of models,
-rows, caches or optimizers.
+`cross_entropy`, `forward_kl` and `reverse_kl` take logits and return (loss, d loss / d logits) in closed form;
+`fused_loss` takes hidden states at the kept positions and the output head, and runs them in chunks of positions, so
+that the matrix positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities),
+`Sparse` (top k and the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows
+nothing of models, rows, caches or optimizers.
 
 Shapes: N kept positions, V vocabulary that the tokenizer can produce, K cached entries, H width. Units: nats.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -72,19 +73,25 @@ class States:
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """loss = (1 - kd_weight) * cross-entropy + kd_weight * temperature^2 * KL(teacher || student).
+    """loss = (1 - kd_weight) * cross-entropy + kd_weight * temperature^2 * divergence of student and teacher.
 
+    The divergence is (1 - reverse_share) * KL(teacher || student) + reverse_share * KL(student || teacher). With the
+    teacher's mean confidence as share it is the CAKLD of Du et al. 2024 (BitDistiller, arXiv:2402.10631).
     The square keeps the size of the KL gradient independent of the temperature (Hinton et al. 2015, section 2).
     """
 
     kd_weight: float = 0.5
     temperature: float = 1.0
     label_smoothing: float = 0.0
+    reverse_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """Sums over the positions: ``loss`` carries the gradient; ``ce`` and ``kl`` (without its factors) do not."""
+    """Sums over the positions: ``loss`` carries the gradient; ``ce`` and ``kl`` do not.
+
+    ``kl`` is KL(teacher || student) without any factor, whatever the loss is made of.
+    """
 
     loss: Tensor
     ce: Tensor
@@ -149,6 +156,45 @@ def _kl_sparse(logits: Tensor, targets: Sparse) -> tuple[Tensor, Tensor]:
     return kl, rest.scatter_(1, targets.ids, top.exp_() - probabilities)
 
 
+def reverse_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """KL(student at ``temperature`` || teacher): loss (N,), gradient with respect to ``logits`` (N, V).
+
+    With q the student's probability and D = log q - log p, of a token or of the bucket that it is in, the gradient is
+    q * (D - KL). A teacher's probability below the smallest number counts as that, where the divergence has no bound.
+    """
+    scaled = logits if temperature == 1.0 else logits / temperature
+    lowest = math.log(torch.finfo(logits.dtype).tiny)
+    log_q = torch.log_softmax(scaled, dim=-1)
+    q = log_q.exp()
+    if isinstance(targets, Dense):
+        gap = log_q.sub_(targets.logprobs.clamp_min(lowest))  # (N, V)
+    else:
+        top = log_q.gather(1, targets.ids) - targets.logprobs.clamp_min(lowest)  # (N, K)
+        mass = q.scatter(1, targets.ids, 0.0).sum(dim=-1)  # of the others; summed, see `_kl_sparse`
+        tail = mass.clamp_min(math.exp(lowest)).log_() - targets.log_tail.clamp_min(lowest)
+        gap = tail[:, None].expand_as(q).scatter(1, targets.ids, top)
+    loss = (q * gap).sum(dim=-1)
+    grad = q.mul_(gap.sub_(loss[:, None]))
+    return loss, grad if temperature == 1.0 else grad / temperature
+
+
+def mixed_kl(
+    logits: Tensor, targets: Dense | Sparse, *, reverse_share: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of `LossWeights` (N,), KL(teacher || student) (N,), and the divergence's gradient (N, V).
+
+    At the shares 0 and 1 it is one of the two alone, bit for bit.
+    """
+    kl, grad = forward_kl(logits, targets, temperature=temperature)
+    if reverse_share == 0.0:
+        return kl, kl, grad
+    back, back_grad = reverse_kl(logits, targets, temperature=temperature)
+    if reverse_share == 1.0:
+        return back, kl, back_grad
+    mixed = torch.lerp(kl, back, reverse_share)
+    return mixed, kl, grad.lerp_(back_grad, reverse_share)
+
+
 def combined(
     logits: Tensor, labels: Tensor, targets: Dense | Sparse | None, weights: LossWeights, *, with_grad: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -156,14 +202,16 @@ def combined(
     if targets is None or weights.kd_weight == 0.0:
         ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
         return ce, ce, torch.zeros_like(ce), grad if with_grad else None
-    if weights.temperature == 1.0:
+    if weights.temperature == 1.0 and weights.reverse_share == 0.0:
         loss, ce, kl, whole = _combined_at_one(logits, labels, targets, weights)
         return loss, ce, kl, whole if with_grad else None
     share = weights.kd_weight
     ce, grad = cross_entropy(logits, labels, label_smoothing=weights.label_smoothing)
-    kl, kl_grad = forward_kl(logits, targets, temperature=weights.temperature)
+    divergence, kl, kl_grad = mixed_kl(
+        logits, targets, reverse_share=weights.reverse_share, temperature=weights.temperature
+    )
     squared = share * weights.temperature**2
-    loss = (1.0 - share) * ce + squared * kl
+    loss = (1.0 - share) * ce + squared * divergence
     if not with_grad:
         return loss, ce, kl, None
     return loss, ce, kl, grad.mul_(1.0 - share).add_(kl_grad, alpha=squared)
@@ -227,7 +275,7 @@ class _Fused(torch.autograd.Function):
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)  # loss, ce, kl
         d_hidden = torch.empty_like(hidden) if with_grad else None
-        d_head = torch.zeros_like(head) if with_grad else None
+        d_head = torch.zeros_like(head) if with_grad and ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk):
             stop = min(start + chunk, hidden.shape[0])
             part = hidden[start:stop]
@@ -235,10 +283,11 @@ class _Fused(torch.autograd.Function):
             aim = None if targets is None else targets.narrow(start, stop)
             *losses, grad = combined(logits, labels[start:stop], aim, weights, with_grad=with_grad)
             sums += torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
-            if grad is not None and d_hidden is not None and d_head is not None:
+            if grad is not None and d_hidden is not None:
                 grad = low(grad, short.dtype)
                 d_hidden[start:stop] = (grad @ short)[: len(part)]
-                d_head += grad.T @ low(part, short.dtype)
+                if d_head is not None:
+                    d_head += grad.T @ low(part, short.dtype)
         ctx.save_for_backward(d_hidden, d_head)
         loss, ce, kl = sums.to(kind).unbind()
         ctx.mark_non_differentiable(ce, kl)
@@ -248,7 +297,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         scale = outer[0]
-        return d_hidden * scale, d_head * scale, None, None, None, None, None
+        return d_hidden * scale, None if d_head is None else d_head * scale, None, None, None, None, None
 
 
 def fused_loss(

@@ -73,6 +73,10 @@ class BlockStream:
     @torch.no_grad()
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after ``layer``."""
+        return self.forward(layer, hidden)
+
+    def forward(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`run`, with gradients."""
         positions, embedded = self._positions(hidden)
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=embedded)
         return cast(torch.Tensor, output)

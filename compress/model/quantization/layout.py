@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import ModelError
-from compress.model.quantization.params import GROUP_SIZES, AwqParams, GptqParams, RtnParams
+from compress.model.quantization.params import GROUP_SIZES, AwqParams, GptqParams, QatParams, RtnParams
 from compress.model.shapes import head_size, linear_shapes
 
 PLAIN = 16  # bits of a linear that is left alone
@@ -23,18 +23,20 @@ PLAIN = 16  # bits of a linear that is left alone
 class LinearSpec:
     """How one linear is quantized: ``bits`` of its grid (16: not at all), ``group_size`` (-1: a row), ``sym``.
 
-    ``nf3``: the eight levels of 3 bits lie as a normal distribution's quantiles instead of evenly.
+    ``nf3``: the eight levels of 3 bits lie as a normal distribution's quantiles instead of evenly. ``elastic``: the
+    four levels of 2 bits lie between the codes that 2 bits can store.
     """
 
     bits: int
     group_size: int
     sym: bool
     nf3: bool = False
+    elastic: bool = False
 
     @property
     def stored_bits(self) -> int:
-        """Bits of a code in the checkpoint: 4 for 3, which no runtime has an operator for."""
-        return 4 if self.bits == 3 else self.bits
+        """Bits of a code in the checkpoint: 4 for 3, which no runtime has an operator for, and for ``elastic``."""
+        return 4 if self.bits == 3 or (self.bits == 2 and self.elastic) else self.bits
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
             "Leave lm_head_bits out",
         )
     group_size, ffn, notes = fit_group_size(config, params.group_size)
-    common = LinearSpec(params.bits, group_size, params.sym)
+    elastic = isinstance(params, QatParams) and params.rule == "elastic"
+    common = LinearSpec(params.bits, group_size, params.sym, elastic=elastic)
     linears, more = _specs(dict(config) | {"intermediate_size": ffn}, params, common, where=where)
     notes += more
     if params.grid == "nf3":
@@ -85,6 +88,8 @@ def choose(config: Mapping[str, Any], params: RtnParams, *, where: str) -> Layou
         notes.append("3-bit codes are stored in 4 bits: no runtime here has a 3-bit operator, so no bytes are saved")
     if params.grid == "nf3":
         notes.append("nf3 uses 8 of the 16 levels of those 4 bits: 3 bits of information in the bytes of 4")
+    if elastic:
+        notes.append("codes of rule elastic are stored in 4 bits: its levels -3, -1, 1, 3 lie between those of 2 bits")
     return Layout(
         bits=params.bits,
         stored_bits=common.stored_bits,

@@ -46,15 +46,20 @@ class Check:
         self.after = [self.stream.run(layer, values) for values in self.after]
 
     @torch.no_grad()
-    def end(self, plain: torch.Tensor, quantized: torch.Tensor) -> dict[str, Any]:
-        """Return loss_before, loss and kl (nats per target token) with both heads (V, hidden)."""
-        norm = self.stream.final_norm()
+    def end(self, plain: torch.Tensor, quantized: torch.Tensor, *, norm: torch.Tensor | None = None) -> dict[str, Any]:
+        """Return loss_before, loss and kl (nats per target token) with both heads (V, hidden).
+
+        ``norm`` (hidden,) are other gains of the final norm, for the quantized model.
+        """
+        own, other = self.stream.final_norm(), self.stream.final_norm()
+        if norm is not None:
+            other.load_state_dict({"weight": norm})
         sums = torch.zeros(3, dtype=torch.float64)
         count = 0
         for batch, before, after in zip(self.batches, self.before, self.after, strict=True):
             targets = batch.answer[:, 1:].bool()  # what stands at t is predicted at t - 1
             wanted = batch.input_ids[:, 1:][targets]
-            old, new = norm(before)[:, :-1][targets], norm(after)[:, :-1][targets]  # (targets, hidden)
+            old, new = own(before)[:, :-1][targets], other(after)[:, :-1][targets]  # (targets, hidden)
             for at in range(0, len(wanted), _CHUNK):
                 part = slice(at, at + _CHUNK)
                 p, q = (old[part] @ plain.T).log_softmax(-1), (new[part] @ quantized.T).log_softmax(-1)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from compress.context import Params
 
+Rule = Literal["affine", "lsq", "elastic", "ternary"]
 GROUP_SIZES = (128, 64, 32, 16)  # what the runtime's int4 operator takes as block, largest first
 
 
@@ -149,3 +150,95 @@ class MixedParams(GptqParams):
         if self.budget_bits is not None and self.budget_bytes is not None:
             raise ValueError("budget_bits and budget_bytes are both given; one budget counts")
         return self
+
+
+class QatParams(GptqParams):
+    """Training through the rounding, towards the model before it was rounded; starts from codes of another method."""
+
+    bits: Literal[2, 3, 4, 8] = Field(default=2, description="as in model.quantization.gptq")
+    sym: bool = Field(default=False, description="as in model.quantization.gptq; the rules other than affine need true")
+    rule: Literal["auto", "affine", "lsq", "elastic", "ternary"] = Field(
+        default="auto",
+        description="how a weight is rounded and what its gradient is. affine: EfficientQAT's, with a zero point; lsq: "
+        "symmetric; auto: affine without sym, else lsq. Of 2-bit parts, ParetoQ's grids without a zero: elastic, "
+        "which can only be stored in 4 bits, or with three levels: ternary",
+    )
+    start: Literal["gptq", "clip", "rtn"] = Field(
+        default="gptq",
+        description="codes to start from: those of GPTQ, of BitDistiller's asymmetric clip, or of rounding to nearest; "
+        "elastic and ternary have a rounding of their own and take clip or rtn as that with or without a clip search",
+    )
+    clip_qk: bool = Field(default=False, description="start: clip also clips q_proj and k_proj, as the paper does not")
+    teacher: Literal["self", "pipeline"] = Field(
+        default="self", description="whom to learn from: the model before rounding, or the profile's teacher"
+    )
+    loss: Literal["cakld", "kl", "ce"] = Field(
+        default="kl",
+        description="kl: KL(teacher || student); cakld: that and its reverse, weighted by the teacher's confidence "
+        "(BitDistiller); ce: the labels alone. On stories kl gave the lowest perplexity",
+    )
+    confidence: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of KL(student || teacher) in cakld; left out: the mean probability that the teacher gives "
+        "the targets of some training rows",
+    )
+    temperature: float = Field(default=1.0, gt=0, le=20, description="softens both sides of the divergence")
+    learn: Literal["answer", "all"] = Field(
+        default="answer", description="which tokens are targets: the answers, or all tokens, user turns included"
+    )
+    targets: Literal["cache", "online"] = Field(
+        default="online", description="run the teacher in every step, or once and store what it says"
+    )
+    top_k: int = Field(default=32, ge=1, le=1 << 16, description="entries of the cache per token")
+
+    block_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps that train each decoder layer alone towards its own outputs before all are trained "
+        "(EfficientQAT's first phase); 0: none",
+    )
+    block_learning_rate: float = Field(default=1e-3, gt=0, le=1, description="its peak")
+    train_zero: bool = Field(default=True, description="block steps move zero points too (rule affine without sym)")
+    steps: int = Field(default=400, ge=0, description="steps that train the whole model; 0: none")
+    batch_tokens: int = Field(default=4096, ge=16, description="padded tokens of one step")
+    accumulate: int = Field(default=1, ge=1, description="parts into which a step is cut to save memory")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, le=1, description="peak of the cosine schedule; a short run at 2 bits gains by 3e-3"
+    )
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1, description="share of the steps with a rising rate")
+    final_lr_ratio: float = Field(default=0.02, ge=0, le=1, description="the last rate, as a share of the peak")
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="as in model.distillation.logits")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    train_norms: bool = Field(default=True, description="train norms and biases along with the weights; costs no bytes")
+    scale_steps: int = Field(
+        default=0, ge=0, description="last steps that train the scales alone, codes fixed (EfficientQAT); 0: none"
+    )
+    scale_learning_rate: float = Field(default=3e-4, gt=0, le=1, description="their peak")
+    validation_share: float = Field(default=0.05, ge=0, lt=1, description="share of the rows held out")
+    validation_rows: int = Field(default=128, ge=0, description="held-out rows at most")
+    validations: int = Field(default=4, ge=1, description="how often the held-out loss is taken")
+    keep: Literal["best", "last"] = Field(default="best", description="which weights are kept")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="number format of the training; auto: as in model.distillation.logits"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_grid(self) -> QatParams:
+        if self.grid != "uniform":
+            raise ValueError("grid nf3 is for the other methods: no rule of qat trains its levels")
+        if self.rule in ("lsq", "elastic", "ternary") and not self.sym:
+            raise ValueError(f"rule {self.rule} has a symmetric grid: set sym: true, or rule: affine")
+        if self.rule in ("elastic", "ternary"):
+            if self.bits != 2:
+                raise ValueError(f"rule {self.rule} is for 2 bits, not {self.bits}: set bits: 2, or rule: auto")
+            if self.start == "gptq":
+                raise ValueError(f"rule {self.rule} has a grid that GPTQ does not know: set start: clip or rtn")
+        return self
+
+    def rule_of(self, bits: int, *, sym: bool) -> Rule:
+        """Return the rule of a linear with a grid of ``bits``; the 2-bit rules leave those of other bits to auto."""
+        if self.rule == "affine" or (self.rule in ("elastic", "ternary") and bits == 2):
+            return self.rule
+        return "lsq" if sym else "affine"

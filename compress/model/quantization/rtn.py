@@ -47,12 +47,12 @@ def fit(
     """
     low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
     if clip_steps < 1:
-        return _grid(low, high, bits=bits, sym=sym, levels=levels)
+        return span_grid(low, high, bits=bits, sym=sym, levels=levels)
     top = (1 << bits) - 1
     largest = top / (top - 1) if sym and levels is None else 1.0
     shares = torch.cat([torch.ones(1), torch.linspace(largest, SMALLEST_CLIP, clip_steps + 1)]).to(values.dtype)
     spans = shares.unsqueeze(1)  # (shares, 1); the first is the whole range
-    scales, zero_points = _grid(low * spans, high * spans, bits=bits, sym=sym, levels=levels)  # (shares, out)
+    scales, zero_points = span_grid(low * spans, high * spans, bits=bits, sym=sym, levels=levels)  # (shares, out)
     scale, zero_point = scales[0], zero_points[0]
     best = _error(values, (scale, zero_point), bits, importance, levels)
     for tried in zip(scales[1:], zero_points[1:], strict=True):
@@ -63,8 +63,8 @@ def fit(
     return scale, zero_point
 
 
-def _grid(
-    low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool, levels: Sequence[int] | None
+def span_grid(
+    low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool, levels: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zero points of the grids that span ``low`` <= 0 <= ``high``, all of one shape."""
     if levels is not None:

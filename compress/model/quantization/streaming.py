@@ -166,6 +166,13 @@ def calibration_rows(job: Job, params: GptqParams) -> Rows:
 
 def run(job: Job, solver: Solver, rows: Rows, *, prompt_weight: float, prepare: Prepare | None = None) -> StageResult:
     """Quantize once per draw of calibration rows and write the result of least divergence on the check rows."""
+    return finish(job, *best_draw(job, solver, rows, prompt_weight=prompt_weight, prepare=prepare))
+
+
+def best_draw(
+    job: Job, solver: Solver, rows: Rows, *, prompt_weight: float, prepare: Prepare | None = None
+) -> tuple[Parts, dict[str, Any]]:
+    """Quantize once per draw of calibration rows; return the parts of least divergence on the check rows, figures."""
     measured = []
     for number, drawn in enumerate(rows.draws):
         work = _Pass(job, solver, prepare, drawn, prompt_weight, job.parts(f"draw-{number}"))
@@ -173,7 +180,7 @@ def run(job: Job, solver: Solver, rows: Rows, *, prompt_weight: float, prepare: 
     divergences = [found["kl"] for found in measured]
     best = min(range(len(measured)), key=divergences.__getitem__)
     figures = measured[best] | {"calibration": {"draws": len(measured), "kept": best, "kl": divergences}}
-    return finish(job, job.parts(f"draw-{best}"), figures)
+    return job.parts(f"draw-{best}"), figures
 
 
 @dataclass(frozen=True)
@@ -349,12 +356,17 @@ def outer_values(layer: QuantizedLinear | None, plain: torch.Tensor) -> torch.Te
     return plain.to(torch.float16).float() if layer is None else dequantize(*layer)
 
 
-def finish(job: Job, parts: Parts, measured: Mapping[str, Any] | None = None) -> StageResult:
-    """Write the folder from finished parts, with the figures ``measured``, and return the stage's figures."""
+def finish(
+    job: Job, parts: Parts, measured: Mapping[str, Any] | None = None, *, norm: torch.Tensor | None = None
+) -> StageResult:
+    """Write the folder from finished parts, with the figures ``measured``, and return the stage's figures.
+
+    ``norm`` replaces the gains of the final norm.
+    """
     ctx, stream, layout = job.ctx, job.stream, job.layout
     outer, reports = parts.load_outer()
     codes: dict[str, torch.Tensor] = {}
-    whole: dict[str, torch.Tensor] = {NORM: stream.tensor(NORM)}
+    whole: dict[str, torch.Tensor] = {NORM: stream.tensor(NORM) if norm is None else norm}
     for name, layer in outer.items():
         tensors = outer_tensors(name, layer, stream.tensor(name))
         whole |= tensors["model.safetensors"]

@@ -89,6 +89,17 @@ class Parts:
         plain = {n.removeprefix(prefix): t.float() for n, t in tensors.items() if not n.endswith(packed)}
         layer.load_state_dict(plain, strict=False)
 
+    def codes(self, index: int) -> dict[str, QuantizedLinear]:
+        """Return the codes of the linears of a finished layer, by name; those left alone are not among them."""
+        with safe_open(str(self.path(index)), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        paths = {name: linear_path(index, name) for name in LINEARS}
+        return {
+            name: read_layer(tensors, path, bits=self.layout.linears[path].stored_bits)
+            for name, path in paths.items()
+            if f"{path}.qweight" in tensors
+        }
+
     def reports(self, index: int) -> list[Report]:
         """Return what the solver said of the linears of a finished layer."""
         with safe_open(str(self.path(index)), framework="pt") as file:

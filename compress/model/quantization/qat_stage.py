@@ -1,0 +1,251 @@
+"""The stage ``model.quantization.qat``: a model trained through its own rounding, with itself as teacher.
+
+Codes of another method to start from, then up to three phases: each layer alone, the whole model, the scales alone.
+The rounding is in `quantizers`, the model in `qat_student`, the loop is the distillation's trainer. What a kill must
+not lose lies in the work folder: finished layers, the trainer's checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compress.context import StageContext, StageResult
+from compress.encoding import load_tokenizer, token_rows
+from compress.model.checkpoint import check_folder, load_model
+from compress.model.distillation.losses import LossWeights
+from compress.model.distillation.monitoring import copy_log
+from compress.model.distillation.packing import RowTable, cut
+from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.targets import (
+    OnlineTargets,
+    TargetFn,
+    check_rows_fit,
+    local_folder,
+    shared_vocabulary,
+    teacher_targets,
+)
+from compress.model.distillation.trainer import TrainReport, threads, train
+from compress.model.quantization import gptq_stage
+from compress.model.quantization.blocks import EMBEDDING, HEAD
+from compress.model.quantization.clipping import STEPS as CLIP_STEPS
+from compress.model.quantization.clipping import clip_quantize
+from compress.model.quantization.measuring import Check
+from compress.model.quantization.params import QatParams
+from compress.model.quantization.qat_student import build, parts_of, train_blocks
+from compress.model.quantization.quantizers import STRETCHED, FakeQuantLinear, stretched_grid
+from compress.model.quantization.streaming import (
+    Job,
+    Rows,
+    Solved,
+    Step,
+    best_draw,
+    calibration_rows,
+    finish,
+    open_job,
+    outer_values,
+    rounded,
+)
+from compress.model.quantization.writing import Parts
+
+CONFIDENCE_TOKENS = 16_384  # padded tokens on which the teacher's confidence is taken
+TRAINING_FIGURES = ("start_loss", "validation_loss", "validation_ce", "validation_kl", "kept_step", "tokens")
+
+
+def quantize(params: QatParams, ctx: StageContext) -> StageResult:
+    """Quantize the checkpoint in slot ``model`` and train it through the rounding on rows of slot ``data``.
+
+    Raises:
+        ModelError: an unusable or already quantized checkpoint, or a teacher that does not fit to it.
+        DataError: no row, or none with an answer.
+        TrainingError: the loss is NaN or diverges.
+    """
+    if params.start != "gptq":  # what makes up for changed inputs is part of that method
+        params = params.model_copy(update={"correction_damp": None})
+    job = open_job(params, ctx)
+    rows = calibration_rows(job, params)
+    parts, before = best_draw(job, lambda step: start_codes(step, params), rows, prompt_weight=params.prompt_weight)
+    figures: dict[str, Any] = {"start": {name: before[name] for name in ("loss", "kl")}}
+    blocks = None
+    with threads(ctx.threads):
+        if params.block_steps:
+            blocks = ctx.work / "blocks"
+            drawn = rows.draws[before["calibration"]["kept"]]
+            errors = train_blocks(job, parts, drawn, blocks)
+            figures["blocks"] = {"error_before": [e[0] for e in errors], "error": [e[1] for e in errors]}
+        model = build(job, parts, blocks)
+        notes = _train(job, model, figures)
+    trained = parts_of(job, model, parts, "trained")
+    norm = model.model.norm.weight.detach().cpu() if params.train_norms else None
+    after = measure(job, trained, rows, norm)
+    result = finish(job, trained, before | after | figures, norm=norm)
+    for phase in ("whole", "scales"):
+        if phase in figures:
+            copy_log(ctx.work / f"{phase}.jsonl", ctx.out / f"training_{phase}.jsonl")
+    if after["kl"] > before["kl"]:
+        notes.append(f"training made the divergence worse: {before['kl']:.4g} to {after['kl']:.4g} nats per token")
+    result.notes += notes
+    return result
+
+
+def start_codes(step: Step, params: QatParams) -> dict[str, Solved]:
+    """Return the codes that training starts from, of linears that share their inputs."""
+    if params.start == "gptq":
+        return gptq_stage.solve(step, params)
+    found = {}
+    for path, weight in step.weights.items():
+        spec = step.specs[path]
+        rule = params.rule_of(spec.bits, sym=spec.sym)
+        unclipped = params.start == "clip" and not params.clip_qk and path.endswith(("q_proj", "k_proj"))
+        if rule in STRETCHED:
+            steps = params.clip_steps if params.start == "clip" and not unclipped else 0
+            layer = stretched_grid(weight, rule=rule, group_size=spec.group_size, clip_steps=steps)
+        elif params.start == "rtn" or spec.bits == 8:
+            layer = rounded(weight, spec, params)
+        else:
+            layer = clip_quantize(
+                weight,
+                step.moment,
+                bits=spec.bits,
+                group_size=spec.group_size,
+                sym=spec.sym,
+                steps=0 if unclipped else CLIP_STEPS,
+            )
+        nearest = rounded(weight, spec, params)
+        found[path] = Solved(layer, {"linear": path} | gptq_stage.errors(weight, layer, step.moment, nearest))
+    return found
+
+
+def _train(job: Job, model: PreTrainedModel, figures: dict[str, Any]) -> list[str]:
+    """Train the whole model, then the scales alone, as the parameters say; fills ``figures``, returns notes."""
+    params, ctx = _params(job), job.ctx
+    if not params.steps and not params.scale_steps:
+        return []
+    source = job.stream.folder
+    taught = source
+    if params.teacher == "pipeline":
+        taught = local_folder(None if ctx.teacher is None else ctx.teacher.folder, where=ctx.name)
+        check_folder(taught)
+    teacher, tokenizer = load_model(taught), load_tokenizer(source)
+    configs = teacher.config.to_dict(), model.config.to_dict()
+    names = load_tokenizer(taught).get_vocab(), tokenizer.get_vocab()
+    vocab = shared_vocabulary((configs[0], names[0]), (configs[1], names[1]), where=ctx.name)
+    rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=job.stream.longest(params.max_tokens), truncate=True)
+    table = RowTable([row.learning(params.learn) for row in rows], vocab=vocab, where=ctx.name)
+    check_rows_fit(table, configs, where=ctx.name)
+    share = 0.0
+    if params.loss == "cakld":
+        share = confidence(teacher, table, ctx.seed) if params.confidence is None else params.confidence
+        figures["confidence"] = share
+    target_fn: TargetFn | None = None
+    if params.loss != "ce":
+        named = (tokenizer, f"{params.teacher} {_digest(teacher)}")
+        cache = ctx.work / "targets"
+        target_fn, more = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+        figures |= more
+    del teacher
+    notes: list[str] = []
+    for name, steps, rate in (
+        ("whole", params.steps, params.learning_rate),
+        ("scales", params.scale_steps, params.scale_learning_rate),
+    ):
+        if not steps:
+            continue
+        if name == "scales":
+            freeze_codes(model)
+        settings = _settings(params, share, steps=steps, rate=rate, seed=ctx.seed)
+        log = ctx.work / f"{name}.jsonl"
+        report = train(model, target_fn, table, settings, ctx, log, vocab=vocab, name=name)
+        figures[name] = _lasting(report)
+        notes += [f"{name}: {note}" for note in report.notes]
+    return notes
+
+
+def freeze_codes(model: nn.Module) -> None:
+    """Fix the codes of every rounded linear; of the model only their scales stay trainable."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear):
+            module.freeze_codes()
+            module.log_step.requires_grad_(True)
+
+
+@torch.no_grad()
+def confidence(teacher: PreTrainedModel, table: RowTable, seed: int) -> float:
+    """Return the mean probability that ``teacher`` gives the target tokens of some rows (BitDistiller, section 3.2).
+
+    Over targets alone, each counted once; padding and prompts take no part.
+    """
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).numpy()
+    online = OnlineTargets(teacher, vocab=table.vocab)
+    total, count, tokens = 0.0, 0, 0
+    for rows in cut(order, table.lengths, CONFIDENCE_TOKENS // 8):
+        batch = table.batch(rows).to(online.head.device)
+        logprobs = online(batch).narrow(0, len(batch.labels)).logprobs
+        total += float(logprobs.gather(1, batch.labels[:, None]).exp().double().sum())
+        count += len(batch.labels)
+        tokens += batch.input_ids.numel()
+        if tokens >= CONFIDENCE_TOKENS:
+            break
+    return total / count
+
+
+def measure(job: Job, parts: Parts, rows: Rows, norm: torch.Tensor | None) -> dict[str, Any]:
+    """Return loss and divergence of finished parts on the check rows."""
+    stream, check = job.stream, Check(job.stream, rows.check)
+    outer, _ = parts.load_outer()
+    plain = stream.tensor(EMBEDDING)
+    embedding = outer_values(outer[EMBEDDING], plain)
+    check.begin(plain, embedding)
+    for index in range(stream.count):
+        layer = stream.layer(index)
+        check.plain(layer)
+        parts.load(index, layer)
+        check.quantized(layer)
+    if job.layout.tied:
+        return check.end(plain, embedding, norm=norm)
+    head = stream.tensor(HEAD)
+    return check.end(head, outer_values(outer[HEAD], head), norm=norm)
+
+
+def _settings(params: QatParams, share: float, *, steps: int, rate: float, seed: int) -> TrainSettings:
+    return TrainSettings(
+        loss=LossWeights(0.0 if params.loss == "ce" else 1.0, params.temperature, reverse_share=share),
+        steps=steps,
+        batch_tokens=params.batch_tokens,
+        accumulate=params.accumulate,
+        learning_rate=rate,
+        warmup_ratio=params.warmup_ratio,
+        final_lr_ratio=params.final_lr_ratio,
+        optimizer=params.optimizer,
+        weight_decay=0.0,  # it would pull latent weights into the cell of zero
+        grad_clip=params.grad_clip,
+        validation_share=params.validation_share,
+        validation_rows=params.validation_rows,
+        validations=params.validations,
+        keep=params.keep,
+        precision=params.precision,
+        seed=seed,
+    )
+
+
+def _digest(teacher: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in teacher.named_parameters():
+        digest.update(name.encode() + parameter.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _lasting(report: TrainReport) -> Mapping[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name in TRAINING_FIGURES}
+
+
+def _params(job: Job) -> QatParams:
+    assert isinstance(job.params, QatParams)
+    return job.params
