@@ -15,8 +15,8 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,12 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], tuple[int, ...] | None]] = {
     "AWQ scales + GPTQ, asymmetric": ("awq", {"rounding": "gptq", "clip_steps": 40, "sym": False}, None),
     "GPTQ, heads rotated": ("gptq", {"rotate": "heads"}, None),
     "GPTQ, rotated": ("gptq", {"rotate": "full"}, None),
+    "GPTQ, no correction": ("gptq", {"correction_damp": None}, None),
+    "GPTQ, mixed bits": ("mixed", {"candidates": [2, 4, 8], "groups": [16, 32, 64]}, (3, 4)),
+    "QAT": ("qat", {"steps": 240, "batch_tokens": 2048, "learn": "all", "learning_rate": 2e-3}, (2, 3)),
 }
+MAIN = ("RTN, full range", "RTN", "AWQ", "GPTQ, no correction", "GPTQ", "GPTQ, asymmetric", "GPTQ, mixed bits", "QAT")
+BUDGETS = {3: 3.5, 4: 4.5}  # mean bits of a weight that mixed may spend, scales counted: 4.5 is what 4 bits take
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,19 @@ class Line:
     divergence: list[float]
     bits_per_weight: float
     bytes: int
+    task: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The texts that are scored, and the plain model's log-probabilities (targets, V) at each batch's targets."""
+    """The texts that are scored, and the plain model's log-probabilities (targets, V) at each batch's targets.
+
+    ``task`` is a further score of a checkpoint folder, where there is one.
+    """
 
     batches: list[Batch]
     plain: list[torch.Tensor]
+    task: Callable[[Path], float] | None = None
 
     def score(self, folder: Path) -> tuple[float, float]:
         """Return perplexity and KL(plain, quantized) in nats per token of the checkpoint in ``folder``."""
@@ -125,7 +135,8 @@ def once(
         ctx = StageContext(line.name, inputs, out, work, seed, Progress(quiet=True), threads=torch.get_num_threads())
         figures = load_function(line)(params, ctx).metrics
         perplexity, divergence = score.score(out)
-    return figures | {"perplexity": perplexity, "divergence": divergence}
+        task = {} if score.task is None else {"task": score.task(out)}
+    return figures | {"perplexity": perplexity, "divergence": divergence} | task
 
 
 def study(
@@ -146,6 +157,8 @@ def study(
             drawn: dict[str, Any] = {"bits": width, "group_size": 32} | dict(values)
             if method != "rtn":
                 drawn |= {"calibration_tokens": tokens, "calibration_draws": 1, "max_tokens": 256}
+            if method == "mixed":
+                drawn["budget_bits"] = BUDGETS[width]
             found = [once(model, data, method, drawn, seed=seed, score=score) for seed in range(seeds)]
             whole = found[0]["bits_per_weight_model"] * found[0]["parameters"] / 8
             yield Line(
@@ -155,6 +168,7 @@ def study(
                 divergence=[each["divergence"] for each in found],
                 bits_per_weight=found[0]["bits_per_weight"],
                 bytes=round(whole),
+                task=[each["task"] for each in found if "task" in each],
             )
 
 
@@ -175,22 +189,30 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32_768, help="tokens that are scored")
     parser.add_argument("--rows", type=int, default=2000, help="texts of train.txt that calibration draws from")
     parser.add_argument("--only", choices=METHODS, nargs="+", help="these quantizers alone")
+    parser.add_argument("--main", action="store_true", help="the few that a choice is made between")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     score = held_out(args.model, args.text / args.valid, tokens=args.held_out)
     plain = score.score(args.model)[0]
     print(f"plain perplexity {plain:.4f}\n")
-    print("| quantizer | bits | perplexity | KL, nats per token | bits per weight | bytes |")
-    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), [make_row(text=text) for text in texts(args.text / "train.txt")[: args.rows]])
         lines = study(args.model, Path(folder), score, bits=args.bits, seeds=args.seeds, tokens=args.tokens,
-                      only=args.only or tuple(METHODS))  # fmt: skip
-        for line in lines:
-            figures = f"{shown(line.perplexity, 3)} | {shown(line.divergence, 4)}"
-            print(f"| {line.title} | {line.bits} | {figures} | {line.bits_per_weight:.2f} | {line.bytes:,} |",
-                  flush=True)  # fmt: skip
+                      only=MAIN if args.main else args.only or tuple(METHODS))  # fmt: skip
+        show(lines)
+
+
+def show(lines: Iterator[Line], task: str = "") -> None:
+    """Print the table; ``task`` is the head of the further score's column."""
+    extra = f" {task} |" if task else ""
+    print(f"| quantizer | bits | perplexity | KL, nats per token |{extra} bits per weight | bytes |")
+    print(f"|---|---|---|---|{'---|' if task else ''}---|---|")
+    for line in lines:
+        figures = f"{shown(line.perplexity, 3)} | {shown(line.divergence, 4)} |"
+        if task:
+            figures += f" {shown([100 * value for value in line.task], 1)} |"
+        print(f"| {line.title} | {line.bits} | {figures} {line.bits_per_weight:.2f} | {line.bytes:,} |", flush=True)
 
 
 if __name__ == "__main__":
