@@ -335,7 +335,11 @@ def main() -> None:
     if sys.argv[1:2] == ["--gguf"]:
         write_gguf(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
         return
-    sys.path.insert(0, str(ROOT))
+    # the builder imports a module "quantization" of its own: this folder's must not stand in its way
+    sys.path[:] = [
+        str(ROOT),
+        *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent),
+    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma between")
     parser.add_argument("--work", type=Path, default=Path("decode-bench"), help="folder for models, kept between runs")

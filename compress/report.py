@@ -97,6 +97,19 @@ def curve_plot(curve: CurveRecord) -> str:
     return charts.lines(drawn, title=f"Training of {curve['step']}", x_name="step", y_name="loss") if drawn else ""
 
 
+def allocation_plot(record: RunRecord) -> str:
+    """Foretold divergence over bytes of the linears: the frontier of all choices of bits, and the chosen point."""
+    for stage in record["stages"]:
+        found = stage["metrics"].get("allocation")
+        if found:
+            frontier = tuple((point["bytes"], point["kl"]) for point in found["frontier"])
+            lowest = min(point["kl"] for point in found["frontier"])
+            chosen = ((found["bytes"], lowest), (found["bytes"], found["foretold_kl"]))  # a line up to the curve
+            drawn = [Line("best choice of bits", frontier, "b"), Line("chosen", chosen, "a")]
+            return charts.lines(drawn, title="Bits under a budget", x_name="bytes of the linears", y_name="KL, nats")
+    return ""
+
+
 def bench_plot(record: RunRecord) -> str:
     """Decode speed with the bound that memory reads alone would set."""
     rows = []
@@ -147,6 +160,7 @@ def render(record: RunRecord) -> str:
         "size_quality": size_quality(ledger) if ledger else "",
         "ledger": ledger_plot(ledger) if ledger else "",
         "funnel": funnel_plot(record),
+        "allocation": allocation_plot(record),
         "bench": bench_plot(record),
         "stages": stage_plot(record),
     }

@@ -95,6 +95,15 @@ def test_every_section_is_drawn_and_nothing_comes_from_outside(record):
     assert not re.search(r"(src|href)=|url\(|@import|<script|https?://", page)
 
 
+def test_the_choice_of_bits_is_drawn_where_there_was_one(record):
+    assert "Bits under a budget" not in render(record)
+    frontier = [{"bytes": 1000 * step, "kl": 1 / step} for step in (2, 3, 4, 6)]
+    record["stages"][-1]["metrics"] = {"allocation": {"frontier": frontier, "bytes": 4000, "foretold_kl": 0.25}}
+    page = render(record)
+    assert "Bits under a budget" in page
+    assert ">chosen</text>" in page
+
+
 def test_an_early_failure_still_gives_a_page(record):
     empty = record | {
         "ledger": None,
