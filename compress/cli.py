@@ -306,7 +306,7 @@ def bench(
     on: Annotated[str, typer.Option("--on", metavar="PLACE", help="local, ssh://user@host[:port], adb://serial")]
     = "local",
     target: Annotated[str | None, typer.Option(help="The device whose facts the figures are held against.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else what was tuned, else all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else as tuned, else all cores.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json.")] = None,
     remote_python: Annotated[str, typer.Option(help="The Python on the device, such as ~/venv/bin/python")]
     = "python3",

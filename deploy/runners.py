@@ -53,13 +53,13 @@ class GenaiRunner:
         if not config_file.is_file():
             raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
         configured = json.loads(config_file.read_text(encoding="utf-8"))
-        model = configured["model"]
-        self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
-        self.pad_id = int(model.get("pad_token_id") or 0)
-        settings = Settings.of({"tuned": tuned(folder)}, configured, threads)
-        self.folder, self.batch_size, self.threads = folder, batch_size, settings.threads
+        settings = configured["model"]
+        self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
+        self.pad_id = int(settings.get("pad_token_id") or 0)
+        chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
+        self.folder, self.batch_size, self.threads = folder, batch_size, chosen.threads
         self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
-        entries = {**settings.config_entries, **(session or {})}
+        entries = {**chosen.config_entries, **(session or {})}
         session = {**entries, "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         decoder = {"eos_token_id": [], "decoder": {"session_options": session}}
         self._overlay = json.dumps({"model": decoder, "search": dict(search or {})})

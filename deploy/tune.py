@@ -345,13 +345,14 @@ def _copy_untuned(bundle: Bundle, folder: Path) -> Bundle:
         for name in _SET[part]:
             if was or name != "past_present_share_buffer":
                 entries.pop(name, None)
-        entries.update(was.get(part, {}))
+        old = was.get(part) or {}
+        entries.update({name: old[name] for name in _SET[part] if name in old})
     _write_json(path, config)
-    if was:
+    if was.get("accuracy_level") in (0, 1, 4):
         _set_level(folder, was["accuracy_level"])
         info["onnx"]["accuracy_level"] = was["accuracy_level"]
-        if was.get("parity_shipped"):
-            info["parity"]["shipped"] = was["parity_shipped"]
+    if was.get("parity_shipped"):
+        info["parity"] = {**(info.get("parity") or {}), "shipped": was["parity_shipped"]}
     return Bundle(folder, info)
 
 
