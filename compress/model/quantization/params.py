@@ -228,6 +228,9 @@ class QatParams(GptqParams):
     def _has_a_grid(self) -> QatParams:
         if self.grid != "uniform":
             raise ValueError("grid nf3 is for the other methods: no rule of qat trains its levels")
+        usual = QatParams.model_fields["correction_damp"].default
+        if self.start != "gptq" and self.correction_damp not in (None, usual):
+            raise ValueError(f"correction_damp is a part of GPTQ: leave it out with start {self.start}")
         if self.rule in ("lsq", "elastic", "ternary") and not self.sym:
             raise ValueError(f"rule {self.rule} has a symmetric grid: set sym: true, or rule: affine")
         if self.rule in ("elastic", "ternary"):

@@ -131,7 +131,8 @@ def train_blocks(job: Job, parts: Parts, drawn: Sequence[Batch], folder: Path) -
     stream = job.stream
     outer, _ = parts.load_outer()
     plain = stream.tensor(EMBEDDING)
-    hidden = [nn.functional.embedding(batch.input_ids, outer_values(outer[EMBEDDING], plain)) for batch in drawn]
+    table = outer_values(outer[EMBEDDING], plain)
+    hidden = [nn.functional.embedding(batch.input_ids, table) for batch in drawn]
     wanted = [nn.functional.embedding(batch.input_ids, plain) for batch in drawn]
     weights = [position_weights(batch, prompt_weight=_params(job).prompt_weight) for batch in drawn]
     errors: list[tuple[float, float]] = []
@@ -178,7 +179,10 @@ def _train_block(
         with torch.no_grad():
             return sum(float(error(batch)) for batch in batches) / len(batches)
 
-    before, best = mean(), [parameter.detach().clone() for parameter in trained]
+    before = mean()
+    if not put:  # every linear of the layer is left alone
+        return before, before
+    best = [parameter.detach().clone() for parameter in trained]
     for step in range(params.block_steps):
         rate = 0.5 * (1 + math.cos(math.pi * step / params.block_steps))
         optimizer.param_groups[0]["lr"] = params.block_learning_rate * rate
