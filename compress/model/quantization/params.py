@@ -165,7 +165,8 @@ class QatParams(GptqParams):
     )
     start: Literal["gptq", "clip", "rtn"] = Field(
         default="gptq",
-        description="codes to start from: those of GPTQ, of BitDistiller's asymmetric clip, or of rounding to nearest; "
+        description="codes to start from: those of GPTQ, which alone has correction_damp, of BitDistiller's asymmetric "
+        "clip, or of rounding to nearest; "
         "elastic and ternary have a rounding of their own and take clip or rtn as that with or without a clip search",
     )
     clip_qk: bool = Field(default=False, description="start: clip also clips q_proj and k_proj, as the paper does not")
