@@ -151,6 +151,8 @@ def main() -> None:
     heads = {"attn_q": int(config["num_attention_heads"]), "attn_k": kv_head_count(config)}
     score = held_out(args.model, args.text / "valid-stories.txt", tokens=args.tokens)
     rows = texts(args.text / "train.txt")
+    if len(rows) < args.seeds * args.rows:
+        raise SystemExit(f"{len(rows)} texts in train.txt are fewer than {args.seeds} times {args.rows} rows")
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
         for title, (kind, options, environment) in CONTENDERS.items():

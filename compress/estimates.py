@@ -17,7 +17,7 @@ from compress.errors import TargetError
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
 from compress.model.quantization.layout import choose, untied_by
-from compress.model.quantization.params import QatParams, RtnParams
+from compress.model.quantization.params import MixedParams, QatParams, RtnParams
 from compress.model.shapes import check_config, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
 from compress.run_record import TIME_OF_ALL, TIME_TO_RUN, EstimateRecord
@@ -235,14 +235,20 @@ class _Walk:
         )
 
     def _quantization(self, node: Node) -> float:
-        before, values = self.model_of(node), node.params.model_dump()
+        before = self.model_of(node)
         params = cast(RtnParams, node.params)
+        if isinstance(params, MixedParams):  # which part gets which bits is known once they are measured
+            params = params.model_copy(update={"bits": params.likely_bits})
+        values = params.model_dump()
         config = untied_by(before.config, params)
         layout = choose(config, params, where=node.stage.name)
         others = {path: (spec.stored_bits, spec.group_size) for path, spec in layout.linears.items()}
         self._becomes(node, _State(config, values, others))
         draws = int(values.get("calibration_draws", 1))
         seconds = 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
+        if isinstance(params, MixedParams):  # four parts in every way, each through half of the layers on average
+            ways = 4 * len(params.candidates) * max(1, len(params.groups)) * int(config["num_hidden_layers"])
+            seconds += ways * self.forward(before.parameters, params.sensitivity_tokens) / 2
         if isinstance(params, QatParams):
             self._training_memory(before, params)
             tokens = (params.steps + params.scale_steps) * params.batch_tokens

@@ -82,7 +82,7 @@ def corrected(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, *
     diagonal: (W C + d W) (H + d I)^-1. With no change (C = H) or endless damping it is ``weight``. Quantizing this
     weight instead of the plain one makes up for the errors of the layers before it: the aim of GPTAQ (Li et al. 2025,
     arXiv:2504.02692, section 3), reached by one solve before the columns are rounded. Where the moments are not
-    finite or zero, ``weight`` comes back.
+    finite or zero, or the fit cannot be solved, ``weight`` itself comes back.
     """
     mean = float(moment.diagonal().mean())
     if not (bool(torch.isfinite(moment).all()) and bool(torch.isfinite(cross).all())) or mean <= 0:

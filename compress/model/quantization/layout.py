@@ -135,7 +135,8 @@ def _specs(
                 "a pattern of paths",
                 f"Like {next(iter(shapes))}",
             )
-    specs, fallen = {}, set()
+    specs: dict[str, LinearSpec] = {}
+    fallen: set[tuple[str, int, int]] = set()
     for path, (_, inputs) in shapes.items():
         if any(fnmatchcase(path, text) for text in params.ignore):
             specs[path] = replace(common, bits=PLAIN)
@@ -143,19 +144,19 @@ def _specs(
         found = next((o for o in params.overrides if fnmatchcase(path, o.pattern)), None)
         spec = common if found is None or found.bits is None else replace(common, bits=found.bits)
         if found is not None and found.group_size is not None:
-            size = _fitting(inputs, found.group_size)
-            if size is None:
-                fallen.add((found.pattern, found.group_size))
-            spec = spec if size is None else replace(spec, group_size=size)
+            size = fitting_group(inputs, found.group_size)
+            spec = replace(spec, group_size=common.group_size if size is None else size)
+            if spec.group_size != found.group_size:
+                fallen.add((found.pattern, found.group_size, spec.group_size))
         specs[path] = spec
     notes = [
-        f"group_size {size} of {text} divides not all inputs there; where it does not, {common.group_size} is used"
-        for text, size in sorted(fallen)
+        f"group_size {wanted} of {text} does not divide all inputs there; where it does not, {used} is used"
+        for text, wanted, used in sorted(fallen)
     ]
     return specs, notes
 
 
-def _fitting(inputs: int, wanted: int) -> int | None:
+def fitting_group(inputs: int, wanted: int) -> int | None:
     """Return the largest group size up to ``wanted`` that divides ``inputs``; None where there is none."""
     if wanted == -1:
         return -1
@@ -209,6 +210,7 @@ def _fallen(wanted: int, size: int, hidden: int, attention: int, ffn: int) -> st
 def quantization_config(layout: Layout, params: RtnParams) -> dict[str, Any]:
     """Return the ``quantization_config`` of a "gptq" checkpoint, with the names that AutoGPTQ gave them."""
     nearest = isinstance(params, AwqParams) and params.rounding == "nearest"
+    nearest |= isinstance(params, QatParams) and params.start != "gptq"
     gptq = params if isinstance(params, GptqParams) and not nearest else None
     dynamic = _dynamic(layout)
     free_order = gptq is not None and gptq.act_order and not gptq.keep_groups

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from compress.context import StageContext, StageResult
 from compress.errors import ModelError, TargetError
+from compress.model.calibration import Batch
 from compress.model.quantization import sensitivity, streaming
 from compress.model.quantization.allocation import Allocation, Option, frontier, within
 from compress.model.quantization.gptq_stage import solve
-from compress.model.quantization.layout import LinearSpec, choose, fit_group_size
+from compress.model.quantization.layout import PLAIN, LinearSpec, choose, fitting_group
 from compress.model.quantization.params import MixedParams, ModuleOverride
 from compress.model.quantization.streaming import Job, Rows, calibration_rows, open_job
 from compress.model.shapes import linear_shapes, parameter_count
@@ -32,8 +34,16 @@ def quantize(params: MixedParams, ctx: StageContext) -> StageResult:
     given and there is no target to take it from, DataError when no row is left.
     """
     job = open_job(params, ctx)
+    options = {kind: _options(job, params, kind) for kind in sensitivity.PARTS}
+    parts = [(index, kind) for index in range(job.stream.count) for kind in sensitivity.PARTS]
+    sizes = {
+        sensitivity.part_name(index, kind): {name: _bytes(job, kind, spec) for name, spec in options[kind].items()}
+        for index, kind in parts
+    }
+    budget, where = _budget(job, params)
+    least = Allocation(sum(min(found.values()) for found in sizes.values()), 0.0, {})
+    within([least], budget, where=where)  # what cannot be kept is said before the work
     rows = calibration_rows(job, params)
-    options = _options(job, params)
     costs = sensitivity.measure(
         job,
         lambda step: solve(step, params),
@@ -42,26 +52,27 @@ def quantize(params: MixedParams, ctx: StageContext) -> StageResult:
         options,
         prompt_weight=params.prompt_weight,
     )
-    sizes = {part: {name: _bytes(job, part, spec) for name, spec in options.items()} for part in costs}
-    found = frontier({part: [Option(name, sizes[part][name], costs[part][name]) for name in options] for part in costs})
-    chosen = within(found, _budget(job, params), where=f"{ctx.name}.budget_bits")
+    found = frontier(
+        {part: [Option(name, sizes[part][name], cost) for name, cost in costs[part].items()] for part in sizes}
+    )
+    chosen = within(found, budget, where=where)
     final = params.model_copy(update={"overrides": _overrides(chosen, options)})
-    inner = replace(job, params=final, layout=choose(job.stream.config, final, where=ctx.name))
-    result = streaming.run(inner, lambda step: solve(step, final), rows, prompt_weight=params.prompt_weight)
+    inner = replace(job, layout=choose(job.stream.config, final, where=ctx.name))
+    result = streaming.run(inner, lambda step: solve(step, params), rows, prompt_weight=params.prompt_weight)
     result.metrics |= {"allocation": _record(chosen, found, costs)}
-    result.notes.append(_note(chosen, options))
+    result.notes.append(_note(chosen))
     return result
 
 
-def _options(job: Job, params: MixedParams) -> dict[str, LinearSpec]:
-    """Return what each part may become: bits times group sizes, by a name such as ``4g32``."""
-    wanted = params.groups or [params.group_size]
-    sizes = {
-        fit_group_size(dict(job.stream.config) | {"intermediate_size": job.layout.ffn}, size)[0] for size in wanted
-    }
+def _options(job: Job, params: MixedParams, kind: str) -> dict[str, LinearSpec]:
+    """Return what a part may become: bits times the group sizes that divide its inputs, by a name such as ``4g32``."""
+    shapes = linear_shapes(_config(job))
+    inputs = shapes[sensitivity.part_paths(f"0.{kind}")[0].split(".", 3)[3]][1]
+    fitting = {fitting_group(inputs, size) for size in params.groups or [params.group_size]} - {None}
+    sizes = sorted(size for size in fitting if size is not None) or [job.layout.group_size]
     return {
         f"{bits}g{size}": LinearSpec(bits, size, params.sym)
-        for bits, size in itertools.product(sorted(set(params.candidates)), sorted(sizes))
+        for bits, size in itertools.product(sorted(set(params.candidates)), sizes)
     }
 
 
@@ -70,57 +81,64 @@ def _config(job: Job) -> dict[str, Any]:
     return dict(job.stream.config) | {"intermediate_size": job.layout.ffn}
 
 
-def _few(rows: Rows, tokens: int) -> list[Any]:
-    """Return check batches up to ``tokens`` tokens."""
-    kept, total = [], 0
-    for batch in rows.check:
-        kept.append(batch)
-        total += int(batch.attention_mask.sum())
-        if total >= tokens:
-            break
-    return kept
+def _few(rows: Rows, tokens: int) -> list[Batch]:
+    """Return check batches of about ``tokens`` tokens, evenly from short rows to long ones."""
+    whole = sum(int(batch.attention_mask.sum()) for batch in rows.check)
+    count = max(1, min(len(rows.check), round(len(rows.check) * tokens / max(whole, 1))))
+    return [rows.check[(2 * at + 1) * len(rows.check) // (2 * count)] for at in range(count)]
 
 
-def _bytes(job: Job, part: str, spec: LinearSpec) -> int:
-    """Return what a part takes: codes as stored, fp16 scales, zero points where they are not all the same."""
-    shapes, total = linear_shapes(_config(job)), 0
-    for path in sensitivity.part_paths(part):
+def _bytes(job: Job, kind: str, spec: LinearSpec) -> int:
+    """Return what a part takes: codes as stored, fp16 scales, zero points and the index of a free order if needed."""
+    shapes, params = linear_shapes(_config(job)), job.params
+    free = isinstance(params, MixedParams) and params.act_order and not params.keep_groups
+    total = 0
+    for path in sensitivity.part_paths(f"0.{kind}"):
         rows, inputs = shapes[path.split(".", 3)[3]]
-        groups = 1 if spec.group_size == -1 else math.ceil(inputs / spec.group_size)
-        bits = rows * inputs * spec.stored_bits + rows * groups * (16 + (0 if spec.sym else spec.stored_bits))
-        total += math.ceil(bits / 8)
+        total += _matrix(rows, inputs, spec) + (4 * inputs if free else 0)
     return total
 
 
-def _budget(job: Job, params: MixedParams) -> int:
-    """Return the bytes that the linears may take."""
-    config = _config(job)
+def _matrix(rows: int, inputs: int, spec: LinearSpec) -> int:
+    """Return the bytes of codes, fp16 scales and zero points of a matrix."""
+    groups = 1 if spec.group_size == -1 else math.ceil(inputs / spec.group_size)
+    return math.ceil(rows * (inputs * spec.stored_bits + groups * (16 + (0 if spec.sym else spec.stored_bits))) / 8)
+
+
+def _budget(job: Job, params: MixedParams) -> tuple[int, str]:
+    """Return the bytes that the linears may take, and where that is said."""
+    config, layout, name = _config(job), job.layout, job.ctx.name
     weights = int(config["num_hidden_layers"]) * sum(rows * inputs for rows, inputs in linear_shapes(config).values())
     if params.budget_bits is not None:
-        return int(params.budget_bits * weights / 8)
-    around = (parameter_count(config) - weights) * job.layout.embedding_bits // 8
-    if params.budget_bytes is not None:
-        if params.budget_bytes <= around:
-            raise ModelError(
-                f"{job.ctx.name}.budget_bytes", f"{params.budget_bytes:,}", f"more than {around:,}, what is no linear"
-            )
-        return params.budget_bytes - around
+        return int(params.budget_bits * weights / 8), f"{name}.budget_bits"
+    vocabulary, hidden = int(config["vocab_size"]), int(config["hidden_size"])
+    outer = [layout.embedding_bits] if layout.tied else [layout.embedding_bits, layout.lm_head_bits]
+    around = 4 * (parameter_count(config) - weights - len(outer) * vocabulary * hidden)  # norms and biases
+    for bits in outer:
+        spec = LinearSpec(bits, layout.group_size, params.sym)
+        around += vocabulary * hidden * 2 if bits == PLAIN else _matrix(vocabulary, hidden, spec)
     target = job.ctx.target
-    if target is None:
+    if params.budget_bytes is not None:
+        whole, where = params.budget_bytes, f"{name}.budget_bytes"
+    elif target is not None:
+        # the bundle's other files are small beside 5 %; running holds the weights about twice, and the cache
+        whole, where = int(min(0.95 * target.storage_bytes, target.usable_memory_bytes / 3)), f"target {target.name}"
+    else:
         raise TargetError(
-            f"{job.ctx.name}.budget_bits",
+            f"{name}.budget_bits",
             "no budget and no target to take it from",
             "budget_bits, budget_bytes, or a profile that names a target",
         )
-    return int(min(target.storage_bytes, target.usable_memory_bytes // 2)) - around
+    if whole <= around:
+        raise ModelError(where, f"{whole:,} bytes for all weights", f"more than {around:,}, what is no linear")
+    return whole - around, where
 
 
-def _overrides(chosen: Allocation, options: Mapping[str, LinearSpec]) -> list[ModuleOverride]:
+def _overrides(chosen: Allocation, options: Mapping[str, Mapping[str, LinearSpec]]) -> list[ModuleOverride]:
+    specs = {part: options[part.split(".")[1]][name] for part, name in chosen.chosen.items()}
     return [
-        ModuleOverride.model_validate(
-            {"pattern": path, "bits": options[name].bits, "group_size": options[name].group_size}
-        )
-        for part, name in chosen.chosen.items()
+        ModuleOverride.model_validate({"pattern": path, "bits": spec.bits, "group_size": spec.group_size})
+        for part, spec in specs.items()
         for path in sensitivity.part_paths(part)
     ]
 
@@ -138,7 +156,7 @@ def _record(chosen: Allocation, found: list[Allocation], costs: Mapping[str, Map
     }
 
 
-def _note(chosen: Allocation, options: Mapping[str, LinearSpec]) -> str:
-    counts = {name: list(chosen.chosen.values()).count(name) for name in options}
-    listed = ", ".join(f"{count} parts in {name}" for name, count in counts.items() if count)
+def _note(chosen: Allocation) -> str:
+    counts = Counter(chosen.chosen.values())
+    listed = ", ".join(f"{count} parts in {name}" for name, count in sorted(counts.items()))
     return f"bits per part under the budget: {listed}; {chosen.size:,} bytes, foretold divergence {chosen.cost:.4g}"

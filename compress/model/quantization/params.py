@@ -128,8 +128,8 @@ class MixedParams(GptqParams):
     budget_bytes: int | None = Field(
         default=None,
         ge=1,
-        description="of all weights, embedding and head included; with neither, what the target's storage and half of "
-        "its memory hold",
+        description="of all weights, embedding and head included; with neither, what the target's storage and a third "
+        "of its memory hold",
     )
     candidates: list[Literal[2, 3, 4, 8]] = Field(
         default=[2, 4, 8], min_length=1, description="bits that a part may get"
@@ -140,6 +140,13 @@ class MixedParams(GptqParams):
     sensitivity_tokens: int = Field(
         default=2048, ge=16, description="tokens on which the divergence of each part is measured"
     )
+
+    @property
+    def likely_bits(self) -> int:
+        """Bits of most weights, as far as the parameters tell before anything is measured."""
+        if self.budget_bits is None:
+            return min(self.candidates)
+        return max((bits for bits in self.candidates if bits <= self.budget_bits), default=min(self.candidates))
 
     @model_validator(mode="after")
     def _chooses_itself(self) -> MixedParams:

@@ -49,13 +49,14 @@ def measure(
     solver: Solver,
     drawn: Sequence[Batch],
     check: Sequence[Batch],
-    options: Mapping[str, LinearSpec],
+    options: Mapping[str, Mapping[str, LinearSpec]],
     *,
     prompt_weight: float,
 ) -> dict[str, dict[str, float]]:
     """Return the divergence of each part under each option, nats per target token of ``check``.
 
-    Second moments are those of ``drawn`` in the plain model. Finished layers lie in ``ctx.work`` and are taken over.
+    ``options`` has those of each kind of part (a key of `PARTS`), by name. Second moments are those of ``drawn`` in
+    the plain model. Finished layers lie in ``ctx.work`` and are taken over.
     """
     stream, found = job.stream, dict[str, dict[str, float]]()
     embedding = stream.tensor(EMBEDDING)
@@ -69,12 +70,12 @@ def measure(
             layer = stream.layer(index)
             if not path.is_file():
                 steps = [(names, second_moment(given, weights)) for names, given in stream.walk(layer, list(hidden))]
-                variants = dict(_variants(stream, solver, (index, layer), steps, seen, options=options))
-                ended = _all_through(stream, variants, index + 1)
                 head = embedding if job.layout.tied else stream.tensor(HEAD)
-                costs = {
-                    key: mean_divergence(stream.final_norm(), check, final, after, head) for key, after in ended.items()
-                }
+                costs: dict[str, float] = {}
+                for part, kinds in options.items():  # the variants of one part are in memory, not of all
+                    variants = dict(_variants(stream, solver, (index, layer), steps, seen, part=(part, kinds)))
+                    for key, after in _all_through(stream, variants, index + 1).items():
+                        costs[key] = mean_divergence(stream.final_norm(), check, final, after, head)
                 _save(path, costs)
             for key, cost in json.loads(path.read_text(encoding="utf-8")).items():
                 part, _, option = key.partition("/")
@@ -92,24 +93,25 @@ def _variants(
     steps: Sequence[tuple[Sequence[str], torch.Tensor]],
     seen: Hidden,
     *,
-    options: Mapping[str, LinearSpec],
+    part: tuple[str, Mapping[str, LinearSpec]],
 ) -> Iterator[tuple[str, Hidden]]:
     """Yield (part/option, the check rows behind the layer with that part quantized so).
 
-    ``at`` is the layer with its number, ``steps`` the second moment of what each group of its linears is given.
+    ``at`` is the layer with its number, ``steps`` the second moment of what each group of its linears is given,
+    ``part`` the kind of part with its options.
     """
-    index, layer = at
-    for part, names in PARTS.items():
-        moment = next(moment for together, moment in steps if names[0] in together)
-        plain = {name: linears(layer)[name].weight.data for name in names}
-        for option, spec in options.items():
-            given = {linear_path(index, name): weight for name, weight in plain.items()}
-            solved = solver(Step(given, dict.fromkeys(given, spec), moment))
-            for name in names:
-                linears(layer)[name].weight.data = dequantize(*solved[linear_path(index, name)].layer)
-            yield f"{part_name(index, part)}/{option}", [stream.run(layer, values) for values in seen]
-        for name, weight in plain.items():
-            linears(layer)[name].weight.data = weight
+    (index, layer), (kind, options) = at, part
+    names = PARTS[kind]
+    moment = next(moment for together, moment in steps if names[0] in together)
+    plain = {name: linears(layer)[name].weight.data for name in names}
+    for option, spec in options.items():
+        given = {linear_path(index, name): weight for name, weight in plain.items()}
+        solved = solver(Step(given, dict.fromkeys(given, spec), moment))
+        for name in names:
+            linears(layer)[name].weight.data = dequantize(*solved[linear_path(index, name)].layer)
+        yield f"{part_name(index, kind)}/{option}", [stream.run(layer, values) for values in seen]
+    for name, weight in plain.items():
+        linears(layer)[name].weight.data = weight
 
 
 def _all_through(stream: BlockStream, variants: Mapping[str, Hidden], start: int) -> dict[str, Hidden]:

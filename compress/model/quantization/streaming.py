@@ -79,10 +79,15 @@ Prepare = Callable[[int, nn.Module, Sequence[torch.Tensor], Sequence[torch.Tenso
 
 
 class Rows(NamedTuple):
-    """Batches of calibration, one list per draw, and those on which the result is checked."""
+    """Batches of calibration, one list per draw, and those on which the result is checked.
+
+    ``held`` has the ids of the rows that are checked and in no draw; ``notes`` say where that could not be kept.
+    """
 
     draws: list[list[Batch]]
     check: list[Batch]
+    held: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
 
 def open_job(params: RtnParams, ctx: StageContext) -> Job:
@@ -134,25 +139,26 @@ def _settle_tie(source: Path, config: dict[str, Any]) -> None:
 def calibration_rows(job: Job, params: GptqParams) -> Rows:
     """Read rows of slot ``data``: up to ``calibration_draws`` disjoint draws, and check rows that no draw holds.
 
-    Where the rows are too few for that, there is one draw, and the check may share rows with it. Raises DataError
-    when no row is left.
+    At most a quarter of the tokens is checked. A single row is both. Raises DataError when no row is left.
     """
     tokenizer = load_tokenizer(job.stream.folder)
     most = job.stream.longest(params.max_tokens)
     rows = token_rows(job.ctx.inputs["data"], tokenizer, max_tokens=most, truncate=True)
     pad = next((i for i in (tokenizer.pad_token_id, job.stream.config.get("pad_token_id")) if i is not None), 0)
 
-    def batched(drawn: list[TokenIds]) -> list[Batch]:
-        drawn.sort(key=lambda row: len(row.ids))  # rows of one length share a batch
+    def batched(drawn: Sequence[TokenIds]) -> list[Batch]:
+        ordered = sorted(drawn, key=lambda row: len(row.ids))  # rows of one length share a batch
         size = params.batch_size
-        return [padded(drawn[i : i + size], pad_id=int(pad)) for i in range(0, len(drawn), size)]
+        return [padded(ordered[i : i + size], pad_id=int(pad)) for i in range(0, len(ordered), size)]
 
-    seed = job.ctx.seed
-    check = sample(rows, tokens=CHECK_TOKENS, seed=seed + 1)
+    seed, whole = job.ctx.seed, sum(len(row.ids) for row in rows)
+    check = sample(rows, tokens=min(CHECK_TOKENS, whole // 4), seed=seed + 1) or list(rows)[:1]
     taken = {id(row) for row in check}
     rest = [row for row in rows if id(row) not in taken]
-    if sum(len(row.ids) for row in rest) < min(params.calibration_tokens, CHECK_TOKENS):
-        rest = list(rows)
+    held = frozenset(row.id for row in rows if id(row) in taken)
+    if not rest:
+        said = f"{len(rows)} row of calibration is checked too: the divergence told is that of rows that were seen"
+        return Rows([batched(rows)], batched(check), notes=[said])
     draws: list[list[Batch]] = []
     for _ in range(params.calibration_draws):
         drawn = sample(rest, tokens=params.calibration_tokens, seed=seed)
@@ -161,12 +167,14 @@ def calibration_rows(job: Job, params: GptqParams) -> Rows:
         taken = {id(row) for row in drawn}
         rest = [row for row in rest if id(row) not in taken]
         draws.append(batched(drawn))
-    return Rows(draws, batched(check))
+    return Rows(draws, batched(check), held)
 
 
 def run(job: Job, solver: Solver, rows: Rows, *, prompt_weight: float, prepare: Prepare | None = None) -> StageResult:
     """Quantize once per draw of calibration rows and write the result of least divergence on the check rows."""
-    return finish(job, *best_draw(job, solver, rows, prompt_weight=prompt_weight, prepare=prepare))
+    result = finish(job, *best_draw(job, solver, rows, prompt_weight=prompt_weight, prepare=prepare))
+    result.notes += rows.notes
+    return result
 
 
 def best_draw(
@@ -308,6 +316,9 @@ class _Pass:
             return {}
         weights = {path: self.aim(linears(layer)[name].weight.data, moments) for path, name in coded.items()}
         found = self.solver(Step(weights, {path: specs[name] for path, name in coded.items()}, moments[0]))
+        for path, solved in found.items():
+            if moments[1] is not None and weights[path] is linears(layer)[coded[path]].weight.data:
+                solved.report["uncorrected"] = True
         return {coded[path]: solved for path, solved in found.items()}
 
     def aim(self, weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -409,6 +420,12 @@ def _notes(reports: Sequence[Report]) -> list[str]:
             f"{len(fallen)} matrices were rounded to nearest, because their Hessian could not be inverted: "
             + ", ".join(fallen[:5])
             + (" ..." if len(fallen) > 5 else "")
+        )
+    uncorrected = sum(bool(report.get("uncorrected")) for report in reports)
+    if uncorrected:
+        notes.append(
+            f"{uncorrected} matrices got no correction for earlier layers: their inputs gave no solvable fit; a larger "
+            "correction_damp may help"
         )
     if raised:
         most = max(report["damp_frac"] for report in raised)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ def test_sensitivity_is_the_divergence_with_one_part_quantized(tmp_path: Path) -
     spec = LinearSpec(2, 32, True)
     check = rows.check[:2]
     found = sensitivity.measure(
-        job, lambda step: solve(step, params), rows.draws[0], check, {"2g32": spec}, prompt_weight=1.0
+        job,
+        lambda step: solve(step, params),
+        rows.draws[0],
+        check,
+        {kind: {"2g32": spec} for kind in sensitivity.PARTS},
+        prompt_weight=1.0,
     )
     assert list(found) == [f"{index}.{part}" for index in range(3) for part in ("qkv", "o", "gate_up", "down")]
     plain, changed = (load_model(source).requires_grad_(False) for _ in range(2))
@@ -95,7 +101,7 @@ def test_sensitivity_is_the_divergence_with_one_part_quantized(tmp_path: Path) -
     assert found["1.down"]["2g32"] == pytest.approx(total / count, rel=0.02)
 
 
-def test_the_stage_keeps_its_budget_and_resumes(tmp_path: Path) -> None:
+def test_the_stage_keeps_its_budget_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "model", layers=3)
     params = MixedParams.model_validate(ONCE | {"budget_bits": 5.0, "candidates": [2, 4, 8], "groups": [16, 32]})
     ctx = context(tmp_path, source)
@@ -111,8 +117,22 @@ def test_the_stage_keeps_its_budget_and_resumes(tmp_path: Path) -> None:
     costs = [point["kl"] for point in allocation["frontier"]]
     assert sizes == sorted(sizes)
     assert costs == sorted(costs, reverse=True)
-    again = mixed_stage.quantize(params, context(tmp_path, source))  # all parts are there: nothing is measured anew
+    assert MixedParams.model_validate(json.loads((ctx.out / "edgestill.json").read_text())["params"]) == params
+    monkeypatch.setattr(mixed_stage, "solve", None)  # all parts are there: nothing is solved anew
+    again = mixed_stage.quantize(params, context(tmp_path, source))
     assert again.metrics == result.metrics
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_budget_of_bytes_holds_for_what_a_runtime_keeps(tmp_path: Path, tied: bool) -> None:
+    source = tiny_checkpoint(tmp_path / "model", layers=3, tied=tied)
+    given = ONCE | {"budget_bytes": 40_000 if tied else 50_000, "embedding_bits": 4, "act_order": True}
+    given |= {} if tied else {"lm_head_bits": 8}
+    params = MixedParams.model_validate(given | {"keep_groups": False})
+    result = mixed_stage.quantize(params, context(tmp_path, source))
+    whole = result.metrics["bits_per_weight_model"] * result.metrics["parameters"] / 8
+    assert whole <= given["budget_bytes"]
+    assert whole > 0.8 * given["budget_bytes"]
 
 
 def test_one_candidate_is_plain_gptq(tmp_path: Path) -> None:

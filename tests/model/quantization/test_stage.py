@@ -355,7 +355,9 @@ def test_draws_are_disjoint_and_the_better_one_is_kept(tmp_path: Path) -> None:
     rows = calibration_rows(open_job(params, ctx), params)
     sets = [{tuple(ids) for batch in part for ids in batch.input_ids.tolist()} for part in rows.draws]
     assert len(sets) == 3
-    assert len(sets[0] | sets[1] | sets[2]) == sum(map(len, sets))
+    checked = {tuple(ids) for batch in rows.check for ids in batch.input_ids.tolist()}
+    assert len(sets[0] | sets[1] | sets[2] | checked) == sum(map(len, sets)) + len(checked)
+    assert len(rows.held) == len(checked)
     found = gptq_stage.quantize(params, ctx)
     calibration = found.metrics["calibration"]
     assert calibration["draws"] == 3 == len(set(calibration["kl"]))
