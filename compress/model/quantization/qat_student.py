@@ -167,7 +167,6 @@ def _train_block(
     trained += [module.zero_shift for module in put.values() if module.zero_shift is not None]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=params.block_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = list(zip(*data, strict=True))
 
     def error(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -179,10 +178,10 @@ def _train_block(
         with torch.no_grad():
             return sum(float(error(batch)) for batch in batches) / len(batches)
 
-    before = mean()
+    before, best = mean(), [parameter.detach().clone() for parameter in trained]
     if not put:  # every linear of the layer is left alone
         return before, before
-    best = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(trained, lr=params.block_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(params.block_steps):
         rate = 0.5 * (1 + math.cos(math.pi * step / params.block_steps))
         optimizer.param_groups[0]["lr"] = params.block_learning_rate * rate
