@@ -375,3 +375,11 @@ def test_the_command_shows_what_it_tried(bundle: Path, tmp_path: Path, monkeypat
     assert tuned(tmp_path / f"{bundle.name}-tuned")
     refused = CliRunner().invoke(app, ["tune", str(bundle), "--in-place", "--out", "x"])
     assert refused.exit_code == 2
+    place = tmp_path / f"{bundle.name}-tuned"
+    monkeypatch.chdir(place)
+    rates = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s"), 1.0)
+    figures = {"before": rates, "after": rates, "load_average": 0.0}
+    monkeypatch.setattr(tuning, "_find", lambda *_: (Setting(1), [], figures))
+    inside = CliRunner().invoke(app, ["tune", ".", "--in-place", *short])
+    assert inside.exit_code == 0, inside.output
+    assert f"go to the new one with: cd {place}" in inside.output.replace("\n", " ")
