@@ -1,8 +1,8 @@
 """Every quantizer on the quickstart's own student: exact match on its test, divergence, bits and bytes.
 
-    python benchmarks/assistant_bits.py .edgestill [--bits 2 3 4] [--seeds 3] [--calibration]
+    python benchmarks/assistant_bits.py .edgestill [--bits 2 3 4] [--seeds 3] [--rows 1000] [--calibration]
 
-Takes the pruned student and the rows of a finished quickstart from the store. Exact match is over all test rows: the
+Takes the pruned student and the rows of a finished quickstart from the store. Exact match is over the first test rows: the
 answer that greedy decoding would write. With ``--calibration`` GPTQ alone is run with rows from the end of the data
 half, with rows of the raw pool and with answers dealt to other requests: does it matter where calibration comes from?
 """
@@ -63,12 +63,13 @@ def main() -> None:
     parser.add_argument("store", type=Path, help="the store of a finished quickstart")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], choices=[2, 3, 4, 8])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1000, help="test rows")
     parser.add_argument("--calibration", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(2)
     folders = newest(args.store)[0]
     model, rows = folders["model.pruning.structured"], folders["data.quality.stabilize"]
-    tests = [chat_row(row["prompt"], row["response"]) for row in lines("test.jsonl")]
+    tests = [chat_row(row["prompt"], row["response"]) for row in lines("test.jsonl")][: args.rows]
     scored = batches(encode_rows(tests, load_tokenizer(model), max_tokens=128, truncate=True), tokens=10**9,
                      batch_size=32, seed=0, pad_id=0)  # fmt: skip
     score = HeldOut(scored, list(logprobs(model, scored)), exact_match(model, tests))
