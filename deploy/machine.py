@@ -62,7 +62,7 @@ def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEV
     settings = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path.rstrip(os.pathsep)}
     try:
         done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
+            [sys.executable, "-P", "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT_S,

@@ -33,13 +33,69 @@ BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
 VECTOR = re.compile(r"sse4|avx|fma$|f16c|amx|neon|asimd|sve|i8mm|bf16")  # instruction sets that a record names
+# Options of a session that open nothing: another one, such as custom_ops_library, may load code out of the bundle.
+OPTIONS = frozenset(
+    "intra_op_num_threads inter_op_num_threads log_id log_severity_level log_verbosity_level graph_optimization_level "
+    "enable_cpu_mem_arena enable_mem_pattern session.intra_op.allow_spinning session.inter_op.allow_spinning "
+    "session.intra_op_thread_affinities session.set_denormal_as_zero session.disable_prepacking".split()
+)
 COLD = "the device offers no temperature in hwmon or thermal zones"
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
 SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
 
 
 class Fault(Exception):
-    """What the user reads instead of a traceback, with exit code 1."""
+    """What the user reads instead of a traceback; it ends with exit code ``code``."""
+
+    code = 1
+
+
+class Refused(Fault):
+    """The bundle asks for what no bundle may do."""
+
+    code = 2
+
+
+def forbidden(text: str) -> str:
+    """What a runtime's configuration asks for that no bundle may do: other `OPTIONS`, files elsewhere; "" for nothing.
+
+    The whole document is walked. A key that comes twice is refused, since the runtime may read the other one. Raises
+    ValueError when it is no JSON.
+    """
+    found: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        found.extend(f"the key {name!r} comes twice" for name in sorted(set(names)) if names.count(name) > 1)
+        for name, value in pairs:
+            if name == "session_options":
+                found.extend(strange_options(value))
+            elif name.endswith("filename") and (not isinstance(value, str) or re.search(r"[/\\:\0]|^\.*$", value)):
+                found.append(f"{name} {value!r} is no plain file name")
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=once)
+    return found[0] if found else ""
+
+
+def strange_options(options: Any) -> list[str]:
+    """What a table of session options holds beside `OPTIONS` and the CPU as the provider."""
+    if not isinstance(options, dict):
+        return ["session_options is no table"]
+    plain = ([], {}, None, [{"cpu": {}}], [{"CPU": {}}], ["cpu"], ["CPU"])
+    found = [] if options.get("provider_options") in plain else ["session_options has a provider other than the CPU"]
+    strange = sorted(set(options) - OPTIONS - {"provider_options"})
+    return found + [f"session_options has the key {name!r}, which may load code" for name in strange]
+
+
+def check_config(path: Path) -> None:
+    """Raise Refused when the runtime's configuration in ``path`` is `forbidden`, Fault when it cannot be read."""
+    try:
+        reason = forbidden(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path}: cannot be read ({error}). Copy the bundle again") from error
+    if reason:
+        raise Refused(f"{path}: {reason}. Do not open this bundle unless you know why it asks for that")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -231,6 +287,9 @@ class Runner:
     """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime."""
 
     def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+        check_config(folder / GENAI_CONFIG)
+        if strange := strange_options(settings.config_entries):
+            raise Refused(f"{folder / BUNDLE_FILE}: tuned: {strange[0]}")
         og = runtime(info)
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
@@ -386,7 +445,8 @@ def chat(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             conversation.generator = None  # it stands in the middle of an answer
             say("\n(stopped)\n")
-        except Fault as fault:
+        except (Fault, RuntimeError) as fault:
+            conversation.generator = None
             say(f"({fault})\n")
 
 
@@ -583,6 +643,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("\n")
     except Fault as fault:
         print(f"run.py: error: {fault}", file=sys.stderr)
+        return fault.code
+    except RuntimeError as error:  # what the runtime raises for everything
+        print(f"run.py: error: onnxruntime-genai: {str(error)[:300]}", file=sys.stderr)
+        return 1
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        print(f"run.py: error: {args.bundle}: its JSON is incomplete ({told}). Copy the bundle again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
