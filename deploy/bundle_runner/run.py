@@ -34,11 +34,11 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
 VECTOR = re.compile(r"sse4|avx|fma$|f16c|amx|neon|asimd|sve|i8mm|bf16")  # instruction sets that a record names
 # Options of a session that open nothing: another one, such as custom_ops_library, may load code out of the bundle.
-OPTIONS = frozenset(
-    "intra_op_num_threads inter_op_num_threads log_id log_severity_level log_verbosity_level graph_optimization_level "
-    "enable_cpu_mem_arena enable_mem_pattern session.intra_op.allow_spinning session.inter_op.allow_spinning "
-    "session.intra_op_thread_affinities session.set_denormal_as_zero session.disable_prepacking".split()
-)
+OPTIONS = {
+    *("intra_op_num_threads", "inter_op_num_threads", "log_id", "log_severity_level", "log_verbosity_level"),
+    *("graph_optimization_level", "enable_cpu_mem_arena", "enable_mem_pattern", "session.disable_prepacking"),
+    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
+}
 COLD = "the device offers no temperature in hwmon or thermal zones"
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
 SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
@@ -82,7 +82,7 @@ def strange_options(options: Any) -> list[str]:
     """What a table of session options holds beside `OPTIONS` and the CPU as the provider."""
     if not isinstance(options, dict):
         return ["session_options is no table"]
-    plain = ([], {}, None, [{"cpu": {}}], [{"CPU": {}}], ["cpu"], ["CPU"])
+    plain: tuple[Any, ...] = ([], {}, None, [{"cpu": {}}], [{"CPU": {}}], ["cpu"], ["CPU"])
     found = [] if options.get("provider_options") in plain else ["session_options has a provider other than the CPU"]
     strange = sorted(set(options) - OPTIONS - {"provider_options"})
     return found + [f"session_options has the key {name!r}, which may load code" for name in strange]
@@ -500,11 +500,11 @@ def _energy(meter: EnergyMeter, seen: Sequence[dict[str, Any]], lengths: Lengths
     """Joules per token of prefill and decode; None, with the reason, where the device does not tell."""
     found: dict[str, Any] = {"source": meter.source, "reason": meter.reason or None}
     for phase, tokens in (("prefill", lengths.prompt_tokens), ("decode", lengths.new_tokens - 1)):
-        seconds, least = sum(one[f"{phase}_s"] for one in seen), SHORTEST_S.get(meter.source or "", math.inf)
+        seconds, least = min(one[f"{phase}_s"] for one in seen), SHORTEST_S.get(meter.source or "", math.inf)
         told = seconds >= least
         found[f"{phase}_j_per_token"] = sum(one[f"{phase}_j"] for one in seen) / len(seen) / tokens if told else None
         if meter.source and not told:
-            short = f"{phase} took {seconds:.3g} s in all, and {meter.source} tells nothing below {least:g} s"
+            short = f"{phase} took {seconds:.3g} s in a repeat, and {meter.source} tells nothing below {least:g} s"
             found["reason"] = f"{found['reason']}; {short}" if found["reason"] else short
     return found
 
@@ -612,6 +612,15 @@ def _watch_input() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def reason_of(error: Exception, bundle: Path) -> str:
+    """What the user is told of ``error``."""
+    if isinstance(error, Fault):
+        return str(error)
+    if isinstance(error, RuntimeError):  # what the runtime raises for everything
+        return f"onnxruntime-genai: {str(error)[:300]}"
+    return f"{bundle}: its JSON is incomplete ({type(error).__name__}: {str(error)[:200]}). Copy the bundle again"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(arguments)
@@ -641,16 +650,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
         answer(runner, text, ids, args.max_new_tokens)
         say("\n")
-    except Fault as fault:
-        print(f"run.py: error: {fault}", file=sys.stderr)
-        return fault.code
-    except RuntimeError as error:  # what the runtime raises for everything
-        print(f"run.py: error: onnxruntime-genai: {str(error)[:300]}", file=sys.stderr)
-        return 1
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        told = f"{type(error).__name__}: {error}"
-        print(f"run.py: error: {args.bundle}: its JSON is incomplete ({told}). Copy the bundle again", file=sys.stderr)
-        return 1
+    except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+        print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
+        return error.code if isinstance(error, Fault) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -127,7 +127,8 @@ def test_a_bundle_is_pushed_checked_and_measured(bundle: Path, talk: Conversatio
     for name in digests(bundle):
         talk.file(bundle / name)
     talk.expect("shell", asked("settle", bundle), out=seen(bundle, right=True))
-    run = f"python3 {FOLDER}.edgestill-tools/run.py --bundle {FOLDER} --prompt-tokens 8 --new-tokens 4 --repeats 1 --warmup 1"
+    run = f"python3 {FOLDER}.edgestill-tools/run.py --bundle {FOLDER}"
+    run += " --prompt-tokens 8 --new-tokens 4 --repeats 1 --warmup 1"
     talk.expect("shell", f"{run} --bench --stop-on-eof --no-bandwidth", out=json.dumps(record) + "\n")
     found = bench_bundle(bundle, **short, threads=None, on=device_of(talk))
     assert talk.finished()

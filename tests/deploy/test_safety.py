@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compress import cli
-from compress.checkpoint_bench import bench
 from compress.assessment_params import CheckpointBenchParams
+from compress.checkpoint_bench import bench
 from compress.errors import ModelError
 from deploy.bundle import BUNDLE_FILE, GENAI_CONFIG, RUNNER, open_bundle, write_bundle
 from deploy.bundle_runner import run
@@ -88,7 +88,9 @@ def test_what_export_and_tune_write_is_allowed() -> None:
     from deploy.tune import AFFINITIES, SPINNING
 
     options = {"intra_op_num_threads": 2, "log_id": "x", "provider_options": [], SPINNING: "0", AFFINITIES: "2"}
-    assert run.forbidden(json.dumps({"model": {"decoder": {"filename": "model.onnx", "session_options": options}}})) == ""
+    assert (
+        run.forbidden(json.dumps({"model": {"decoder": {"filename": "model.onnx", "session_options": options}}})) == ""
+    )
 
 
 def test_tuned_entries_cannot_load_code_either(bundle: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from deploy.bench import OnDevice, bench_bundle, remote_of
 from deploy.bundle import BUNDLE_FILE, open_bundle
 from deploy.remote import device_side
 from deploy.remote.sync import Remote, copy_bundle
-from deploy.remote.transport import Finished, Local, call
+from deploy.remote.transport import GO_ON, Finished, Local, call
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -114,8 +114,10 @@ def test_an_answer_that_is_no_answer_is_told(bundle: Path, tmp_path: Path, monke
 
 
 def test_a_command_that_does_not_end_is_stopped() -> None:
-    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s"):
+    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s.*fewer repeats"):
         call([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s.*goes on with what has arrived"):
+        call([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5, do=GO_ON)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,7 @@ def test_a_command_that_does_not_end_is_stopped() -> None:
         (["--on", "ssh://h", "--remote-folder", "/a/../etc"], "--remote-folder: got '/a/../etc'"),
         (["--on", "ssh://h", "--remote-folder", "/"], "--remote-folder: got '/'"),
         (["--on", "ssh://h", "--remote-folder", "/a\nb"], "--remote-folder: got"),
+        (["--on", "adb://R58M", "--remote-folder", "~/x"], "--remote-folder: got '~/x', and adb has no home"),
         (["--on", "ssh://h", "--ssh-config", "/none"], "--ssh-config: no file /none"),
     ],
 )
