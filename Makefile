@@ -11,7 +11,7 @@ TORCH_FOUND = $(BIN)/pip install --dry-run --ignore-installed --no-deps --quiet 
 # What `make install` installs: this tree, or a wheel of it.
 PACKAGE ?= .
 
-.PHONY: setup install quickstart test test-all interop optimum-env check format wheel-test dockerfile-lint \
+.PHONY: setup install quickstart test test-all interop peers optimum-env check format wheel-test dockerfile-lint \
   emulate-arm64 clean
 
 # Makes the environment VENV and installs $(1) into it, everything at the versions that were tested.
@@ -80,6 +80,14 @@ $(INTEROP)/llama-cpp/.ready: Makefile
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet 'pip>=24'
 	$(@D)/bin/pip install --quiet $(if $(LLAMA_CPP_WHEELS),--find-links $(LLAMA_CPP_WHEELS)) $(LLAMA_CPP) numpy==2.2.6
+	touch $@
+
+# The strangers that benchmarks/quantization.py compares with.
+peers: setup $(INTEROP)/stranger/.ready $(INTEROP)/llama-cpp/.ready $(INTEROP)/hqq/.ready
+
+$(INTEROP)/hqq/.ready: Makefile
+	$(call torch-venv,$(@D))
+	$(@D)/bin/pip install --quiet $(TORCH) hqq==0.2.8.post1 safetensors==0.8.0 numpy==2.2.6
 	touch $@
 
 # For edgestill export --backend optimum: optimum-onnx needs an older transformers than edgestill.

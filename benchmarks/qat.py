@@ -6,34 +6,26 @@
 MODEL is a plain checkpoint, STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories parted by lines
 ``<|endoftext|>``. Every trained row has the same steps, tokens and start; the seed draws calibration rows, training
 order and held-out rows. The control learns from a teacher whose answers stand at the wrong positions. Prints a
-Markdown table: perplexity on stories that no row saw, mean and range over the seeds, KL to the plain model on check
-rows, bits per weight as stored, CPU minutes of this process.
+Markdown table: perplexity on stories that no row saw, mean and range over the seeds, KL to the plain model there,
+bits per weight as stored, CPU minutes of this process.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from quantizers import HeldOut, held_out, once, texts
 
-from compress.context import StageContext
 from compress.data.rows import make_row, write_rows
-from compress.encoding import encode_rows, load_tokenizer
-from compress.model.calibration import batches, mean_loss
-from compress.model.checkpoint import load_model
 from compress.model.distillation.losses import States
 from compress.model.quantization import qat_stage
-from compress.model.quantization.params import QatParams
-from compress.progress import Progress
 
-END = "<|endoftext|>"
 TOKENS = 128  # of a training row
-VALID_ROWS, VALID_TOKENS = 120, 256
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"start": "rtn", "clip_steps": 0, "steps": 0},
     "RTN, symmetric clip": {"start": "rtn", "steps": 0},
@@ -54,11 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
 USUAL = list(METHODS)[:8]
 
 
-def stories(path: Path) -> list[str]:
-    """The stories of a file."""
-    return [part.strip() for part in path.read_text(encoding="utf-8").split(END) if part.strip()]
-
-
 def shuffled(targets: Any) -> Any:
     """The teacher's states with their positions mixed up: what it says is true of another place."""
 
@@ -70,32 +57,17 @@ def shuffled(targets: Any) -> Any:
     return wrong
 
 
-def run(name: str, model: Path, data: Path, *, bits: int, seed: int, **common: int) -> tuple[float, dict[str, Any]]:
-    """Quantize by a method; returns the loss on unseen stories and the stage's figures."""
-    given: dict[str, Any] = {"bits": bits, **common, "max_tokens": TOKENS, "calibration_draws": 1, "learn": "all"}
+def run(
+    name: str, model: Path, data: Path, *, bits: int, seed: int, score: HeldOut, common: dict[str, Any]
+) -> dict[str, Any]:
+    """Quantize by a method; returns the stage's figures with perplexity and divergence on unseen stories."""
+    given = common | {"bits": bits, "max_tokens": TOKENS, "calibration_draws": 1, "learn": "all"}
     given["learning_rate"] = 3e-3 if bits == 2 else 1e-3
-    params = QatParams(**(given | METHODS[name]))
     honest = qat_stage.teacher_targets
     if "shuffled" in name:
         qat_stage.teacher_targets = lambda *a, **k: (shuffled(honest(*a, **k)[0]), {})  # type: ignore[assignment]
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            out, work = Path(folder) / "out", Path(folder) / "work"
-            out.mkdir()
-            work.mkdir()
-            result = qat_stage.quantize(
-                params,
-                StageContext(
-                    name="model.quantization.qat",
-                    inputs={"model": model, "data": data},
-                    out=out,
-                    work=work,
-                    seed=seed,
-                    progress=Progress(quiet=True),
-                    threads=torch.get_num_threads(),
-                ),
-            )
-            return mean_loss(load_model(out), run.held_out), result.metrics  # type: ignore[attr-defined]
+        return once(model, data, "qat", given | METHODS[name], seed=seed, score=score)
     finally:
         qat_stage.teacher_targets = honest
 
@@ -111,38 +83,39 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="stories to learn from (default: all)")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=USUAL)
+    parser.add_argument("--held-out", type=int, default=32_768, help="tokens that are scored")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    held = [make_row(text=text) for text in stories(given.stories / "valid-stories.txt")[:VALID_ROWS]]
-    rows = encode_rows(held, load_tokenizer(given.model), max_tokens=VALID_TOKENS, truncate=True)
-    run.held_out = batches(rows, tokens=10**9, batch_size=12, seed=0, pad_id=0)  # type: ignore[attr-defined]
-    plain = math.exp(mean_loss(load_model(given.model), run.held_out))  # type: ignore[attr-defined]
+    score = held_out(given.model, given.stories / "valid-stories.txt", tokens=given.held_out)
+    plain = score.score(given.model)[0]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        texts = [text for path in sorted(given.stories.glob("train*.txt")) for text in stories(path)]
-        write_rows(data, [make_row(text=text) for text in texts[: given.rows]])
+        learned = [text for path in sorted(given.stories.glob("train*.txt")) for text in texts(path)]
+        write_rows(data, [make_row(text=text) for text in learned[: given.rows]])
         budget = f"{given.steps} steps of {given.batch_tokens} tokens, {given.seeds} seeds"
         print(f"plain model: perplexity {plain:.3f}; {budget}\n")
         print("| bits | method | perplexity | gap to plain | range over seeds | KL | bits per weight | CPU min |")
         print("|---|---|---|---|---|---|---|---|")
         for bits in given.bits:
             for name in given.only:
-                show(name, bits, plain, data, given)
+                show(name, bits, plain, data, given, score=score)
 
 
-def show(name: str, bits: int, plain: float, data: Path, given: argparse.Namespace) -> None:
+def show(name: str, bits: int, plain: float, data: Path, given: argparse.Namespace, *, score: HeldOut) -> None:
     """Run one method with all seeds and print its row."""
     start = time.process_time()
     common = {"steps": given.steps, "batch_tokens": given.batch_tokens}
-    found = [run(name, given.model, data, bits=bits, seed=seed, **common) for seed in range(given.seeds)]
+    found = [
+        run(name, given.model, data, bits=bits, seed=seed, score=score, common=common) for seed in range(given.seeds)
+    ]
     minutes = (time.process_time() - start) / 60 / given.seeds
-    values = [math.exp(loss) for loss, _ in found]
+    values = [figures["perplexity"] for figures in found]
     mean = sum(values) / len(values)
-    kl = sum(figures["kl"] for _, figures in found) / len(found)
+    kl = sum(figures["divergence"] for figures in found) / len(found)
     print(
         f"| {bits} | {name} | {mean:.3f} | {mean - plain:.3f} | {min(values):.3f} to {max(values):.3f} | {kl:.4f} "
-        f"| {found[0][1]['bits_per_weight']:.3f} | {minutes:.2f} |",
+        f"| {found[0]['bits_per_weight']:.3f} | {minutes:.2f} |",
         flush=True,
     )
 

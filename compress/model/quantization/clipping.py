@@ -12,7 +12,7 @@ import itertools
 
 import torch
 
-from compress.model.quantization.packing import QuantizedLinear, dequantize, quantize
+from compress.model.quantization.packing import QuantizedLinear, dequantize, nearest_offsets, quantize
 from compress.model.quantization.rtn import round_to_nearest, span_grid
 
 STEPS, SMALLEST = 20, 0.5  # the paper's: shares from 1 to a half in twenty steps
@@ -43,7 +43,6 @@ def clip_quantize(
     hessian = moment.to(work.dtype)
     shares = torch.linspace(1.0, smallest, steps + 1).tolist()
     pairs = [(share, share) for share in shares] if sym else list(itertools.product(shares, shares))
-    top = (1 << bits) - 1
     for group in range(scales.shape[1]):
         members = torch.nonzero(layer.g_idx == group)[:, 0]
         values = work[:, members]  # (O, n)
@@ -54,7 +53,7 @@ def clip_quantize(
         for below, above in pairs[1:]:
             scale, zero_point = span_grid(low * below, high * above, bits=bits, sym=sym)
             step, zero = scale.to(work.dtype)[:, None], zero_point.to(work.dtype)[:, None]
-            tried = torch.minimum(torch.maximum(torch.round(values / step), -zero), top - zero) * step - values
+            tried = nearest_offsets(values / step, zero, bits=bits).mul_(step).sub_(values)
             cost = _cost(tried, own, beside)
             better = cost < best
             best = torch.where(better, cost, best)

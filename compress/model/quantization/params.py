@@ -172,7 +172,8 @@ class QatParams(GptqParams):
     )
     start: Literal["gptq", "clip", "rtn"] = Field(
         default="gptq",
-        description="codes to start from: those of GPTQ, of BitDistiller's asymmetric clip, or of rounding to nearest; "
+        description="codes to start from: those of GPTQ, which alone has correction_damp, of BitDistiller's asymmetric "
+        "clip, or of rounding to nearest; "
         "elastic and ternary have a rounding of their own and take clip or rtn as that with or without a clip search",
     )
     clip_qk: bool = Field(default=False, description="start: clip also clips q_proj and k_proj, as the paper does not")
@@ -235,6 +236,9 @@ class QatParams(GptqParams):
     def _has_a_grid(self) -> QatParams:
         if self.grid != "uniform":
             raise ValueError("grid nf3 is for the other methods: no rule of qat trains its levels")
+        usual = QatParams.model_fields["correction_damp"].default
+        if self.start != "gptq" and self.correction_damp not in (None, usual):
+            raise ValueError(f"correction_damp is a part of GPTQ: leave it out with start {self.start}")
         if self.rule in ("lsq", "elastic", "ternary") and not self.sym:
             raise ValueError(f"rule {self.rule} has a symmetric grid: set sym: true, or rule: affine")
         if self.rule in ("elastic", "ternary"):

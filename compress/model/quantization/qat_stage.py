@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer, token_rows
-from compress.model.checkpoint import check_folder, load_model
+from compress.errors import ModelError
+from compress.model.checkpoint import check_folder, load_model, read_config
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable, cut
@@ -27,7 +29,6 @@ from compress.model.distillation.targets import (
     OnlineTargets,
     TargetFn,
     check_rows_fit,
-    local_folder,
     shared_vocabulary,
     teacher_targets,
 )
@@ -36,6 +37,7 @@ from compress.model.quantization import gptq_stage
 from compress.model.quantization.blocks import EMBEDDING, HEAD
 from compress.model.quantization.clipping import STEPS as CLIP_STEPS
 from compress.model.quantization.clipping import clip_quantize
+from compress.model.quantization.layout import PLAIN
 from compress.model.quantization.measuring import Check
 from compress.model.quantization.params import QatParams
 from compress.model.quantization.qat_student import build, parts_of, train_blocks
@@ -55,6 +57,7 @@ from compress.model.quantization.streaming import (
 from compress.model.quantization.writing import Parts
 
 CONFIDENCE_TOKENS = 16_384  # padded tokens on which the teacher's confidence is taken
+INSTEAD = "Set teacher: self, to learn from the model as it was before rounding"
 TRAINING_FIGURES = ("start_loss", "validation_loss", "validation_ce", "validation_kl", "kept_step", "tokens")
 
 
@@ -62,14 +65,22 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
     """Quantize the checkpoint in slot ``model`` and train it through the rounding on rows of slot ``data``.
 
     Raises:
-        ModelError: an unusable or already quantized checkpoint, or a teacher that does not fit to it.
+        ModelError: an unusable or already quantized checkpoint, no linear to round, or a teacher that does not fit.
         DataError: no row, or none with an answer.
         TrainingError: the loss is NaN or diverges.
     """
     if params.start != "gptq":  # what makes up for changed inputs is part of that method
         params = params.model_copy(update={"correction_damp": None})
     job = open_job(params, ctx)
+    if all(spec.bits == PLAIN for spec in job.layout.linears.values()):
+        raise ModelError(
+            f"{ctx.name}.ignore",
+            "leaves every linear alone, so there is no rounding to train through",
+            "at least one linear that is rounded",
+            "Take patterns out; model.quantization.rtn rounds embedding and head alone",
+        )
     rows = calibration_rows(job, params)
+    lesson = _lesson(job, params, rows.held)  # what is wrong is said before the work
     parts, before = best_draw(job, lambda step: start_codes(step, params), rows, prompt_weight=params.prompt_weight)
     figures: dict[str, Any] = {"start": {name: before[name] for name in ("loss", "kl")}}
     blocks = None
@@ -80,7 +91,7 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
             errors = train_blocks(job, parts, drawn, blocks)
             figures["blocks"] = {"error_before": [e[0] for e in errors], "error": [e[1] for e in errors]}
         model = build(job, parts, blocks)
-        notes = _train(job, model, figures)
+        notes = [] if lesson is None else _train(job, params, model, lesson, figures)
     trained = parts_of(job, model, parts, "trained")
     norm = model.model.norm.weight.detach().cpu() if params.train_norms else None
     after = measure(job, trained, rows, norm)
@@ -90,7 +101,7 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
             copy_log(ctx.work / f"{phase}.jsonl", ctx.out / f"training_{phase}.jsonl")
     if after["kl"] > before["kl"]:
         notes.append(f"training made the divergence worse: {before['kl']:.4g} to {after['kl']:.4g} nats per token")
-    result.notes += notes
+    result.notes += [*rows.notes, *notes]
     return result
 
 
@@ -122,35 +133,70 @@ def start_codes(step: Step, params: QatParams) -> dict[str, Solved]:
     return found
 
 
-def _train(job: Job, model: PreTrainedModel, figures: dict[str, Any]) -> list[str]:
-    """Train the whole model, then the scales alone, as the parameters say; fills ``figures``, returns notes."""
-    params, ctx = _params(job), job.ctx
+class Lesson(NamedTuple):
+    """What the whole model learns from."""
+
+    table: RowTable
+    tokenizer: PreTrainedTokenizerFast  # made the rows
+    teacher: Path | None  # None: the labels alone
+    notes: list[str]
+
+
+def _lesson(job: Job, params: QatParams, held: frozenset[str]) -> Lesson | None:
+    """Return what the parameters say to learn from; None where only layers are trained alone, or nothing.
+
+    Rows with an id in ``held`` are checked in the end, so they are left out. Raises ModelError for a teacher that is no
+    model folder, has another vocabulary or is too short for the rows.
+    """
     if not params.steps and not params.scale_steps:
-        return []
-    source = job.stream.folder
-    taught = source
-    if params.teacher == "pipeline":
-        taught = local_folder(None if ctx.teacher is None else ctx.teacher.folder, where=ctx.name)
-        check_folder(taught)
-    teacher, tokenizer = load_model(taught), load_tokenizer(source)
-    configs = teacher.config.to_dict(), model.config.to_dict()
-    names = load_tokenizer(taught).get_vocab(), tokenizer.get_vocab()
-    vocab = shared_vocabulary((configs[0], names[0]), (configs[1], names[1]), where=ctx.name)
+        return None
+    ctx, source = job.ctx, job.stream.folder
+    tokenizer, teacher = load_tokenizer(source), None if params.loss == "ce" else source
+    own = job.stream.config, tokenizer.get_vocab()
+    vocab, configs = shared_vocabulary(own, own, where=ctx.name), [job.stream.config]
+    if teacher is not None and params.teacher == "pipeline":
+        teacher = _pipeline_teacher(ctx)
+        configs.append(read_config(teacher))
+        try:
+            vocab = shared_vocabulary((configs[1], load_tokenizer(teacher).get_vocab()), own, where=ctx.name)
+        except ModelError as error:
+            raise ModelError(f"{ctx.name}.teacher", error.got, error.allowed, INSTEAD) from error
     rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=job.stream.longest(params.max_tokens), truncate=True)
-    table = RowTable([row.learning(params.learn) for row in rows], vocab=vocab, where=ctx.name)
+    rows = [row.learning(params.learn) for row in rows]
+    fresh = [row for row in rows if row.id not in held]
+    notes = [] if fresh else ["no row is left beside those that are checked: the divergence told is of learned rows"]
+    table = RowTable(fresh or rows, vocab=vocab, where=ctx.name)
     check_rows_fit(table, configs, where=ctx.name)
+    return Lesson(table, tokenizer, teacher, notes)
+
+
+def _pipeline_teacher(ctx: StageContext) -> Path:
+    """Return the folder of the profile's teacher; ModelError where there is none, or an unusable one."""
+    where, allowed = f"{ctx.name}.teacher", "a teacher given as a model folder, which tells all its log-probabilities"
+    if ctx.teacher is None:
+        raise ModelError(where, "pipeline, but the profile names no teacher", allowed, INSTEAD)
+    if ctx.teacher.folder is None:
+        raise ModelError(where, "pipeline, but the profile's teacher is not a local model", allowed, INSTEAD)
+    check_folder(ctx.teacher.folder)
+    return ctx.teacher.folder
+
+
+def _train(job: Job, params: QatParams, model: PreTrainedModel, lesson: Lesson, figures: dict[str, Any]) -> list[str]:
+    """Train the whole model, then the scales alone, as the parameters say; fills ``figures``, returns notes."""
+    ctx, table = job.ctx, lesson.table
     share = 0.0
-    if params.loss == "cakld":
-        share = confidence(teacher, table, ctx.seed) if params.confidence is None else params.confidence
-        figures["confidence"] = share
     target_fn: TargetFn | None = None
-    if params.loss != "ce":
-        named = (tokenizer, f"{params.teacher} {_digest(teacher)}")
+    if lesson.teacher is not None:
+        teacher = load_model(lesson.teacher)
+        if params.loss == "cakld":
+            share = confidence(teacher, table, ctx.seed) if params.confidence is None else params.confidence
+            figures["confidence"] = share
+        named = (lesson.tokenizer, f"{params.teacher} {_digest(teacher)}")
         cache = ctx.work / "targets"
         target_fn, more = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
         figures |= more
-    del teacher
-    notes: list[str] = []
+        del teacher
+    notes = list(lesson.notes)
     for name, steps, rate in (
         ("whole", params.steps, params.learning_rate),
         ("scales", params.scale_steps, params.scale_learning_rate),
@@ -161,7 +207,7 @@ def _train(job: Job, model: PreTrainedModel, figures: dict[str, Any]) -> list[st
             freeze_codes(model)
         settings = _settings(params, share, steps=steps, rate=rate, seed=ctx.seed)
         log = ctx.work / f"{name}.jsonl"
-        report = train(model, target_fn, table, settings, ctx, log, vocab=vocab, name=name)
+        report = train(model, target_fn, table, settings, ctx, log, vocab=table.vocab, name=name)
         figures[name] = _lasting(report)
         notes += [f"{name}: {note}" for note in report.notes]
     return notes
@@ -244,8 +290,3 @@ def _digest(teacher: nn.Module) -> str:
 
 def _lasting(report: TrainReport) -> Mapping[str, Any]:
     return {name: value for name, value in asdict(report).items() if name in TRAINING_FIGURES}
-
-
-def _params(job: Job) -> QatParams:
-    assert isinstance(job.params, QatParams)
-    return job.params

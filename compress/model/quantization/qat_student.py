@@ -131,7 +131,8 @@ def train_blocks(job: Job, parts: Parts, drawn: Sequence[Batch], folder: Path) -
     stream = job.stream
     outer, _ = parts.load_outer()
     plain = stream.tensor(EMBEDDING)
-    hidden = [nn.functional.embedding(batch.input_ids, outer_values(outer[EMBEDDING], plain)) for batch in drawn]
+    table = outer_values(outer[EMBEDDING], plain)
+    hidden = [nn.functional.embedding(batch.input_ids, table) for batch in drawn]
     wanted = [nn.functional.embedding(batch.input_ids, plain) for batch in drawn]
     weights = [position_weights(batch, prompt_weight=_params(job).prompt_weight) for batch in drawn]
     errors: list[tuple[float, float]] = []
@@ -166,7 +167,6 @@ def _train_block(
     trained += [module.zero_shift for module in put.values() if module.zero_shift is not None]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=params.block_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = list(zip(*data, strict=True))
 
     def error(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -179,6 +179,9 @@ def _train_block(
             return sum(float(error(batch)) for batch in batches) / len(batches)
 
     before, best = mean(), [parameter.detach().clone() for parameter in trained]
+    if not put:  # every linear of the layer is left alone
+        return before, before
+    optimizer = torch.optim.AdamW(trained, lr=params.block_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(params.block_steps):
         rate = 0.5 * (1 + math.cos(math.pi * step / params.block_steps))
         optimizer.param_groups[0]["lr"] = params.block_learning_rate * rate

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +14,19 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from compress.context import StageResult
+from compress.context import StageContext, StageResult
+from compress.data.rows import chat_row, write_rows
 from compress.errors import ModelError
 from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.packing import RowTable
+from compress.model.distillation.trainer import train
 from compress.model.layers import decoder_layers, linears
 from compress.model.quantization import gptq_stage, qat_stage
 from compress.model.quantization.params import GptqParams, QatParams, RtnParams
 from compress.model.quantization.qat_stage import confidence
 from compress.model.quantization.qat_student import build
 from compress.model.quantization.quantizers import FakeQuantLinear
+from compress.model.quantization.streaming import Rows, calibration_rows
 from tests.model.quantization.test_stage import ONCE, context
 from tests.tiny import ARCHITECTURES, VOCAB, tiny_checkpoint, tiny_model, tiny_token_rows
 
@@ -31,7 +35,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from compress.model.distillation.trainer import _Run
-from compress.model.quantization import qat_stage
+from compress.model.quantization import qat_stage, qat_student
 from tests.model.quantization.test_qat import PHASES, QatParams, context
 name, save = sys.argv[3], _Run._save
 _Run._checkpoint_due = lambda run, at: True
@@ -40,6 +44,13 @@ def save_then_die(run):
     if run.at.step == 3 and run.checkpoint_path.name.startswith(name):
         os.kill(os.getpid(), signal.SIGKILL)
 _Run._save = save_then_die
+write = qat_student.save_tensors
+def write_half_then_die(tensors, path, **rest):
+    if name == "blocks" and path.name == "layer-0001.safetensors":
+        path.with_name(path.name + ".partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(tensors, path, **rest)
+qat_student.save_tensors = write_half_then_die
 qat_stage.quantize(QatParams(**PHASES), context(Path(sys.argv[1]), Path(sys.argv[2]), out="killed"))
 """
 PHASES = QUICK | {"loss": "cakld", "block_steps": 3, "scale_steps": 5}
@@ -142,7 +153,7 @@ def test_layers_trained_alone_come_nearer_to_their_outputs(tmp_path: Path) -> No
     assert alone.metrics["kl"] < alone.metrics["start"]["kl"]
 
 
-@pytest.mark.parametrize("phase", ["whole", "scales"])
+@pytest.mark.parametrize("phase", ["blocks", "whole", "scales"])
 def test_a_kill_in_a_phase_changes_nothing(phase: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model")
     whole = qat(tmp_path, source, "whole", **PHASES)
@@ -150,7 +161,10 @@ def test_a_kill_in_a_phase_changes_nothing(phase: str, tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, check=False)
     assert ended.returncode == -9, ended.stderr.decode()
     assert not any((tmp_path / "killed").iterdir())
+    first = tmp_path / "killed-work" / "blocks" / "layer-0000.safetensors"
+    written = first.stat().st_mtime_ns
     resumed = qat(tmp_path, source, "killed", **PHASES)
+    assert first.stat().st_mtime_ns == written  # not trained again
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
@@ -172,18 +186,86 @@ def test_confidence_is_the_mean_probability_of_the_targets_alone() -> None:
     assert 0 < count < sum(len(row.ids) for row in rows)
 
 
+def taught_by(ctx: StageContext, folder: Path | None) -> StageContext:
+    return replace(ctx, teacher=SimpleNamespace(folder=folder))  # type: ignore[arg-type]
+
+
 def test_another_teacher_may_be_learned_from(tmp_path: Path) -> None:
     source, other = (tiny_checkpoint(tmp_path / name, seed=seed) for name, seed in (("model", 0), ("other", 7)))
-
-    class Given:
-        folder = other
-
-    ctx = replace(context(tmp_path, source), teacher=Given())  # type: ignore[arg-type]
+    ctx = taught_by(context(tmp_path, source), other)
     taught = qat_stage.quantize(QatParams(**QUICK, teacher="pipeline"), ctx)
     alone = qat(tmp_path, source, "alone")
     assert taught.metrics["whole"]["start_loss"] > alone.metrics["whole"]["start_loss"]
-    with pytest.raises(ModelError, match="not a local model"):
-        qat(tmp_path, source, "none", teacher="pipeline")
+
+
+def test_a_teacher_that_cannot_be_learned_from_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = (tiny_checkpoint(tmp_path / name, vocab=vocab) for name, vocab in (("model", 320), ("other", 300)))
+    short = tiny_checkpoint(tmp_path / "short", positions=16)
+    plain = context(tmp_path, source)
+    monkeypatch.setattr(qat_stage, "best_draw", lambda *_, **__: pytest.fail("the work has begun"))
+    for ctx, said in (
+        (plain, "names no teacher.*Set teacher: self"),
+        (taught_by(plain, None), "not a local model.*Set teacher: self"),
+        (taught_by(plain, other), "different tokenizers.*Set teacher: self"),
+        (taught_by(plain, short), "at most 16, the model's context"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            qat_stage.quantize(QatParams(**QUICK, teacher="pipeline"), ctx)
+
+
+def test_labels_alone_need_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(qat_stage, "load_model", lambda *_: pytest.fail("a teacher was loaded"))
+    result = qat(tmp_path, source, loss="ce", teacher="pipeline")
+    assert result.metrics["whole"]["validation_ce"] > 0
+
+
+def test_no_row_is_both_learned_from_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    learned: list[RowTable] = []
+    checked: list[Rows] = []
+
+    def drawn(*given: Any) -> Rows:
+        checked.append(calibration_rows(*given))
+        return checked[0]
+
+    def trained(*given: Any, **more: Any) -> Any:
+        learned.append(given[2])
+        return train(*given, **more)
+
+    monkeypatch.setattr(qat_stage, "calibration_rows", drawn)
+    monkeypatch.setattr(qat_stage, "train", trained)
+    qat(tmp_path, source, steps=1, scale_steps=1)
+    held = {
+        tuple(ids[mask.bool()].tolist())
+        for batch in checked[0].check
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    }
+    for table in learned:
+        pieces = zip(table.starts, table.lengths, strict=True)
+        seen = {tuple(table.ids[start : start + length].tolist()) for start, length in pieces}
+        assert seen
+        assert not seen & held
+    assert len(learned) == 2
+    assert held
+
+
+def test_rows_that_are_all_checked_are_learned_from_and_that_is_said(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data", [chat_row("lock the hall door", "locked"), chat_row("lock the hall door", "locked")])
+    result = qat(tmp_path, source, steps=1)
+    assert any("the divergence told is" in note for note in result.notes)
+
+
+def test_layers_may_be_left_alone_but_not_all(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    result = qat(tmp_path, source, steps=2, block_steps=2, scale_steps=2, ignore=["model.layers.0.*"])
+    assert result.metrics["blocks"]["error_before"][0] == result.metrics["blocks"]["error"][0]
+    with pytest.raises(ModelError, match="no rounding to train through"):
+        qat(tmp_path, source, "all", ignore=["*"])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +275,7 @@ def test_another_teacher_may_be_learned_from(tmp_path: Path) -> None:
         ({"rule": "elastic", "sym": True}, "start: clip or rtn"),
         ({"rule": "ternary", "sym": True, "bits": 3, "start": "rtn"}, "for 2 bits, not 3"),
         ({"bits": 3, "grid": "nf3"}, "no rule of qat"),
+        ({"start": "rtn", "correction_damp": 0.5}, "part of GPTQ: leave it out with start rtn"),
         ({"confidence": 1.5}, "less than or equal to 1"),
     ],
 )

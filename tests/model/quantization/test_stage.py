@@ -278,7 +278,7 @@ def test_an_awkward_width_is_padded_and_the_outputs_stay(tmp_path: Path) -> None
         assert not linears(layer)["down_proj"].weight[:, 44:].any()
         assert not linears(layer)["gate_proj"].weight[44:].any()
     ids = torch.arange(5, 45).unsqueeze(0)
-    assert torch.allclose(model(ids).logits, load_model(source)(ids).logits, atol=0.03)
+    assert torch.allclose(model(ids).logits, load_model(source)(ids).logits, atol=0.08)
 
 
 @pytest.mark.parametrize(
