@@ -103,7 +103,7 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     """Read a bundle and check its files: sizes always, digests with ``verify``.
 
     Raises:
-        ModelError: no bundle, another form, a file is missing, of another size, or altered; or as `check_safe`.
+        ModelError: no bundle, another form, a file is missing, of another size, or altered; with ``verify`` also as `check_safe`.
     """
     path = folder / BUNDLE_FILE
     try:
@@ -124,7 +124,8 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
         files = f"{form}_files"
         if files == shipped or (form in info["formats"] and (folder / form).is_dir()):
             _check_files(folder / form, info.get(files, {}), verify=verify)
-    check_safe(folder)
+    if verify:
+        check_safe(folder)
     return Bundle(folder, info)
 
 
@@ -134,7 +135,7 @@ def check_safe(folder: Path) -> None:
     if path.is_file():
         try:
             reason = forbidden(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(str(path), f"cannot be read ({error})", "the runtime's configuration", _REPAIR) from error
         if reason:
             raise ModelError(str(path), reason, "threads, logging and the CPU; files of the bundle", do)

@@ -92,7 +92,7 @@ def check_config(path: Path) -> None:
     """Raise Refused when the runtime's configuration in ``path`` is `forbidden`, Fault when it cannot be read."""
     try:
         reason = forbidden(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Fault(f"{path}: cannot be read ({error}). Copy the bundle again") from error
     if reason:
         raise Refused(f"{path}: {reason}. Do not open this bundle unless you know why it asks for that")
