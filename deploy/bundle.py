@@ -103,7 +103,8 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     """Read a bundle and check its files: sizes always, digests with ``verify``.
 
     Raises:
-        ModelError: no bundle, another form, a file is missing, of another size, or altered; with ``verify`` also as `check_safe`.
+        ModelError: no bundle, another form, a file is missing, of another size, or altered; or as `check_safe`, with
+            ``verify``.
     """
     path = folder / BUNDLE_FILE
     try:
