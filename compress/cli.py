@@ -306,7 +306,7 @@ def bench(
     on: Annotated[str, typer.Option("--on", metavar="PLACE", help="local, ssh://user@host[:port], adb://serial")]
     = "local",
     target: Annotated[str | None, typer.Option(help="The device whose facts the figures are held against.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else what was tuned, else all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else as tuned, else all cores.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for bench.json.")] = None,
     remote_python: Annotated[str, typer.Option(help="The Python on the device, such as ~/venv/bin/python")]
     = "python3",
@@ -362,6 +362,7 @@ def tune(
     params = TuneParams(budget_s=budget, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     place = bundle if in_place else out or Path(f"{bundle.resolve().name}-tuned")
     device = str(doctor.machine()["cpu"])
+    inside = in_place and Path.cwd().is_relative_to(bundle.resolve())
     found = tune_bundle(bundle, place, params, device=device, progress=progress(quiet=as_json))
     if as_json:
         show_json({"setting": asdict(found.setting), **found.measured})
@@ -371,7 +372,9 @@ def tune(
     terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
     if found.measured["load_average"] > doctor.cores():
         print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
-    print(f"wrote {place}")
+    print(f"wrote {found.folder if inside else place}")
+    if inside:
+        print(f"note: this folder is the old one, which is gone; go to the new one with: cd {found.folder}")
 
 
 @app.command()

@@ -9,7 +9,6 @@ there. Imports no torch, so that a benchmark's memory is the runtime's.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -23,12 +22,14 @@ import onnxruntime_genai as og
 from compress.errors import DataError, ModelError
 from deploy import huge_pages
 from deploy.bundle import check_safe, open_bundle, tuned
+from deploy.bundle_runner.run import Settings
 
 
 class GenaiRunner:
     """A bundle, or a bare folder of model, runtime config and tokenizer, opened on ``threads`` threads.
 
-    ``threads`` left out: as tuned, else all. ``on_huge_pages`` left out: where the weights are large.
+    ``threads`` left out: as tuned, else as configured, else one a physical core.
+    ``on_huge_pages`` left out: where the weights are large.
     ``session`` and ``search`` override entries of these parts of the runtime's config.
 
     Raises:
@@ -56,11 +57,11 @@ class GenaiRunner:
         settings = configured["model"]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
         self.pad_id = int(settings.get("pad_token_id") or 0)
-        found = tuned(folder)
-        self.folder, self.batch_size = folder, batch_size
-        self.threads = threads or int(found.get("threads") or os.cpu_count() or 1)
+        chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
+        self.folder, self.batch_size, self.threads = folder, batch_size, chosen.threads
         self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
-        session = {**(session or {}), "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        entries = {**chosen.config_entries, **(session or {})}
+        session = {**entries, "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         decoder = {"eos_token_id": [], "decoder": {"session_options": session}}
         self._overlay = json.dumps({"model": decoder, "search": dict(search or {})})
         self.model = self._open(folder)

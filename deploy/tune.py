@@ -28,7 +28,8 @@ import numpy as np
 from compress.errors import ModelError, ParityError, UserError
 from compress.progress import Progress
 from compress.store import MANIFEST
-from deploy.bundle import BUNDLE_FILE, Bundle, open_bundle, write_bundle
+from deploy.bundle import BESIDE, BUNDLE_FILE, Bundle, open_bundle, write_bundle
+from deploy.bundle_runner.run import AFFINITIES, cores, processors
 from deploy.params import PROMPTS, TuneParams
 from deploy.runners import GenaiRunner
 from deploy.tune_search import Judges, NotMeasurable, Rules, Setting, Timing, Trial, search
@@ -36,8 +37,12 @@ from deploy.variants import MODEL_FILE, accuracy_copy
 from evaluators.agreement import compare
 
 GENAI_CONFIG = "genai_config.json"
-SPINNING, AFFINITIES = "session.intra_op.allow_spinning", "session.intra_op_thread_affinities"
+SPINNING = "session.intra_op.allow_spinning"
 _THREADS = ("intra_op_num_threads", "inter_op_num_threads")
+_SET = {  # all that a tune may set in the runtime's config
+    "session": (*_THREADS, SPINNING, AFFINITIES),
+    "search": ("past_present_share_buffer", "chunk_size"),
+}
 _TIME_LIMIT_S = 300  # of one answer of a measuring process
 _SAME_KL = 1e-4  # nats per token that a setting may cost which changes no arithmetic
 _CHECKED_TOKENS = 64  # of each text on which the quality is held
@@ -56,11 +61,16 @@ class Tuned:
 def tune(bundle: Path, out: Path, params: TuneParams, *, device: str, progress: Progress | None = None) -> Tuned:
     """Tune the bundle in ``bundle`` for this machine (which ``device`` names) into ``out``, which may be ``bundle``.
 
+    Links are followed. In place, files that ``bundle.json`` does not list are kept; else the bundle's alone are copied.
+
     Raises:
         ModelError: the bundle is damaged or does not run here.
-        UserError: ``out`` is taken, or lies in a store.
+        UserError: ``out`` is taken, or lies in a store or in the bundle.
         ParityError: the tuned bundle computes something else.
     """
+    say = (progress or Progress(quiet=True)).say
+    bundle, out = bundle.resolve(), out.resolve()
+    _check_leftover(bundle, out, say)
     opened = open_bundle(bundle)
     opened.need("onnx")
     _check_place(bundle, out)
@@ -68,20 +78,20 @@ def tune(bundle: Path, out: Path, params: TuneParams, *, device: str, progress: 
     if params.prompt_tokens + params.new_tokens > context:
         got = f"prompt_tokens {params.prompt_tokens} and new_tokens {params.new_tokens}"
         raise UserError("tune", got, f"at most {context} together, the bundle's context")
-    say = (progress or Progress(quiet=True)).say
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-tune-", dir=out.parent) as temporary:
-        base = Path(temporary) / "base"
-        _copy_untuned(opened, base)
-        start = starting_point(opened)
-        with Workers(base, params) as workers:
+        untuned = _copy_untuned(opened, Path(temporary) / "base")
+        start = starting_point(untuned)
+        with Workers(untuned.folder, params) as workers:
             quality = _Quality(workers, params.max_kl, start.accuracy_level)
             best, trials, figures = _find(start, params, workers, quality, say)
         made = Path(temporary) / "made"
         measured = figures | {"candidates": [trial.facts() for trial in trials]}
-        _write(base, made, best, opened, {"device": device, "measured": measured})
-        numeric = best.accuracy_level != start.accuracy_level
-        _hold_quality(base, made, params.max_kl if numeric and best.accuracy_level == 4 else None, numeric)
+        numeric = _write(untuned, made, best, {"device": device, "measured": measured})
+        limit = None if numeric and best.accuracy_level != 4 else params.max_kl if numeric else _SAME_KL
+        _note_kl(made, _hold_quality(untuned.folder, made, limit))
+        if out == bundle:
+            _keep_others(bundle, made)
         _put(made, out)
     return Tuned(out, best, trials, measured)
 
@@ -90,26 +100,41 @@ def starting_point(bundle: Bundle) -> Setting:
     """The setting of an untuned bundle on this machine."""
     config = json.loads((bundle.folder / GENAI_CONFIG).read_text(encoding="utf-8"))
     return Setting(
-        threads=len(_cores()),
+        threads=cores(),
         share_buffer=bool(config["search"].get("past_present_share_buffer", False)),
         accuracy_level=4 if int(bundle.info["onnx"]["accuracy_level"]) == 4 else 1,
     )
 
 
-def values(cores: int, prompt_tokens: int) -> dict[str, list[Any]]:
-    """What is worth trying per knob on a machine of so many ``cores``, in the order of what it usually brings."""
-    counts = {cores, cores - 1, cores // 2, *(1 << power for power in range(cores.bit_length()))}
+def values(start: Setting, prompt_tokens: int, most: int) -> dict[str, list[Any]]:
+    """What is worth trying per knob, in the order of what it usually brings.
+
+    ``start`` has a thread for each core; ``most`` threads may be of use, where cores have siblings.
+    """
+    cores = start.threads
+    counts = {most, cores, cores - 1, cores // 2, *(1 << power for power in range(cores.bit_length()))}
     found: dict[str, list[Any]] = {
-        "threads": sorted((count for count in counts if 1 <= count <= cores), reverse=True),
+        "threads": sorted((count for count in counts if count >= 1), reverse=True),
         "accuracy_level": [4, 1],
         "spinning": [True, False],
-        "share_buffer": [True, False],
     }
-    if cores > 1 and hasattr(os, "sched_getaffinity"):
+    if start.share_buffer:  # the export says where it may be
+        found["share_buffer"] = [True, False]
+    if max(counts) > 1 and hasattr(os, "sched_getaffinity"):
         found["pinned"] = [False, True]
     chunks = [size for size in (512, 256, 128, 64, 32) if size < prompt_tokens]
     if chunks:
         found["prefill_chunk"] = [None, *chunks]
+    return found
+
+
+def _space(start: Setting, params: TuneParams, workers: Workers) -> dict[str, list[Any]]:
+    """What may be tried with this bundle here."""
+    groups = processors()
+    most = start.threads if start.threads < len(groups) else sum(map(len, groups))  # fewer: a quota holds
+    found = values(start, params.prompt_tokens, most)
+    if workers.graph(1 if start.accuracy_level == 4 else 4) == workers.base:  # nothing in the graph that it changes
+        del found["accuracy_level"]
     return found
 
 
@@ -121,13 +146,14 @@ def _find(
     say(f"searching for {params.budget_s:g} s")
     judges = Judges(workers.measure, quality.refuse, lambda: time.monotonic() >= ends)
     rules = Rules(params.new_tokens, params.rounds, params.margin)
-    space = values(len(_cores()), params.prompt_tokens)
     try:
         workers.measure(start)
     except NotMeasurable as error:
         raise ModelError(str(workers.base), f"does not run here: {error}") from error
-    best, trials = search(start, space, rules, judges)
-    pairs = [(workers.measure(start), workers.measure(best)) for _ in range(params.rounds)]
+    best, trials = search(start, _space(start, params, workers), rules, judges)
+    best, pairs, died = _compare(start, best, workers, params.rounds)
+    if died:
+        say(f"the winner does not run dependably ({died}): the bundle keeps the settings it had")
     figures = {
         "before": _rates([before for before, _ in pairs], params),
         "after": _rates([after for _, after in pairs], params),
@@ -135,7 +161,21 @@ def _find(
         "new_tokens": params.new_tokens,
         "load_average": os.getloadavg()[0],
     }
-    return best, trials, figures
+    return best, trials, figures | ({"winner_died": died} if died else {})
+
+
+def _compare(
+    start: Setting, best: Setting, workers: Workers, rounds: int
+) -> tuple[Setting, list[tuple[Timing, Timing]], str]:
+    """Time ``start`` and ``best`` in pairs; a ``best`` that dies gives way to ``start``, and the reason is told."""
+    died = ""
+    while True:
+        try:
+            return best, [(workers.measure(start), workers.measure(best)) for _ in range(rounds)], died
+        except NotMeasurable as error:
+            if error.setting == start:
+                raise ModelError(str(workers.base), f"does not run here dependably: {error}") from error
+            best, died = start, str(error)
 
 
 def _rates(timings: Sequence[Timing], params: TuneParams) -> dict[str, float]:
@@ -143,18 +183,13 @@ def _rates(timings: Sequence[Timing], params: TuneParams) -> dict[str, float]:
     return {"prefill_tokens_per_s": params.prompt_tokens / prefill, "decode_tokens_per_s": 1 / decode}
 
 
-def _cores() -> list[int]:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def session_entries(setting: Setting) -> dict[str, str]:
     """The runtime's session entries for ``setting``; none where its own defaults are meant."""
     found = {} if setting.spinning else {SPINNING: "0"}
-    if setting.pinned and setting.threads > 1:  # one place for each thread but the caller's; cores count from 1 here
-        found[AFFINITIES] = ";".join(str(core + 1) for core in _cores()[1 : setting.threads])
+    if setting.pinned and setting.threads > 1:  # one place for each thread but the caller's
+        groups = processors()
+        order = [group[0] for group in groups] + [sibling for group in groups for sibling in group[1:]]
+        found[AFFINITIES] = ";".join(str(place + 1) for place in order[1 : setting.threads])  # counted from 1 here
     return found
 
 
@@ -199,7 +234,7 @@ class Workers:
             process.stdin.write("\n")
             process.stdin.flush()
         except BrokenPipeError:
-            raise NotMeasurable(self._stop(setting)) from None
+            raise NotMeasurable(setting, self._stop(setting)) from None
         return Timing(**self._answer(setting))
 
     def _start(self, setting: Setting) -> subprocess.Popen[str]:
@@ -234,7 +269,7 @@ class Workers:
         finally:
             watch.cancel()
         if not line:
-            raise NotMeasurable(self._stop(setting))
+            raise NotMeasurable(setting, self._stop(setting))
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -279,10 +314,9 @@ def divergence(reference: Path, candidate: Path) -> float:
     return float(np.concatenate(found).mean())
 
 
-def _hold_quality(base: Path, made: Path, max_kl: float | None, numeric: bool) -> None:
-    """Check the finished bundle against the untuned one; arithmetic that got more exact has no limit."""
+def _hold_quality(base: Path, made: Path, limit: float | None) -> float:
+    """Return the divergence of the finished bundle from the untuned one; more exact arithmetic has no ``limit``."""
     found = divergence(base, made)
-    limit = max_kl if numeric else _SAME_KL
     if limit is not None and not found <= limit:
         raise ParityError(
             "tune",
@@ -290,56 +324,129 @@ def _hold_quality(base: Path, made: Path, max_kl: float | None, numeric: bool) -
             f"at most {limit:g}",
             "Nothing was written",
         )
+    return found
 
 
-def _copy_untuned(bundle: Bundle, folder: Path) -> None:
-    """Copy the bundle's files, without what an earlier tune set."""
-    shutil.copytree(bundle.folder, folder)
+def _copy_untuned(bundle: Bundle, folder: Path) -> Bundle:
+    """Copy the files that ``bundle.json`` lists and undo what an earlier tune set; the copy has no ``bundle.json``."""
+    folder.mkdir()
+    for form in ("", *(form for form in BESIDE if form in bundle.formats and (bundle.folder / form).is_dir())):
+        (folder / form).mkdir(exist_ok=True)
+        for name in bundle.info[f"{form}_files" if form else "files"]:
+            shutil.copy2(bundle.folder / form / name, folder / form / name)
+    info = json.loads(json.dumps(dict(bundle.info)))
+    before = info.pop("tuned", None)
+    if not before:
+        return Bundle(folder, info)
+    was = before.get("was") or {}  # bundles tuned before there was one keep what cannot be known
     path = folder / GENAI_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    before = bundle.info.get("tuned") or {}
-    session = config["model"]["decoder"]["session_options"]
-    for name in (*(before.get("config_entries") or {}), *(_THREADS if before else ())):
-        session.pop(name, None)
-    if before:
-        config["search"].pop("chunk_size", None)
-        config["search"]["past_present_share_buffer"] = True
+    for part, entries in _parts(config).items():
+        for name in _SET[part]:
+            if was or name != "past_present_share_buffer":
+                entries.pop(name, None)
+        old = was.get(part) or {}
+        entries.update({name: old[name] for name in _SET[part] if name in old})
     _write_json(path, config)
-    (folder / BUNDLE_FILE).unlink()
+    if was.get("accuracy_level") in (0, 1, 4):
+        _set_level(folder, was["accuracy_level"])
+        info["onnx"]["accuracy_level"] = was["accuracy_level"]
+    if was.get("parity_shipped"):
+        info["parity"] = {**(info.get("parity") or {}), "shipped": was["parity_shipped"]}
+    return Bundle(folder, info)
 
 
-def _write(base: Path, made: Path, best: Setting, bundle: Bundle, facts: dict[str, Any]) -> None:
-    """Write the tuned bundle into ``made`` from the untuned one in ``base``."""
-    shutil.copytree(base, made)
-    changed = made.with_name("changed")
-    changed.mkdir()
-    if accuracy_copy(base, changed, best.accuracy_level):
-        (changed / MODEL_FILE).replace(made / MODEL_FILE)
+def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of the runtime's config that a tune sets."""
+    return {"session": config["model"]["decoder"]["session_options"], "search": config["search"]}
+
+
+def _set_level(folder: Path, level: int) -> bool:
+    """Let the model in ``folder`` compute at accuracy ``level``; False when it does already."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        changed = accuracy_copy(folder, Path(temporary), level)
+        if changed:
+            (Path(temporary) / MODEL_FILE).replace(folder / MODEL_FILE)
+    return changed
+
+
+def _write(untuned: Bundle, made: Path, best: Setting, facts: dict[str, Any]) -> bool:
+    """Write the tuned bundle into ``made``; return whether its arithmetic changed."""
+    shutil.copytree(untuned.folder, made)
+    numeric = _set_level(made, best.accuracy_level)
     path = made / GENAI_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    entries = session_entries(best)
+    parts, entries = _parts(config), session_entries(best)
+    was: dict[str, Any] = {
+        part: {name: have[name] for name in _SET[part] if name in have} for part, have in parts.items()
+    }
     threads = dict(zip(_THREADS, (best.threads, 1), strict=True))
-    config["model"]["decoder"]["session_options"] |= threads | entries
-    config["search"] |= search_entries(best)
+    # the places of threads fit one count of threads alone, so who opens the bundle adds them with that count
+    parts["session"] |= threads | {name: value for name, value in entries.items() if name != AFFINITIES}
+    parts["search"] |= search_entries(best)
     _write_json(path, config)
-    info = {key: value for key, value in bundle.info.items() if key not in ("edgestill", "files", "gptq_files")}
-    info["onnx"] = dict(info["onnx"]) | {"accuracy_level": best.accuracy_level}
+    info = {key: value for key, value in untuned.info.items() if key not in ("edgestill", "files", "gptq_files")}
+    was["accuracy_level"] = info["onnx"]["accuracy_level"]
+    if numeric:
+        info["onnx"] = info["onnx"] | {"accuracy_level": best.accuracy_level}
+        proof = dict(info.get("parity") or {})  # what was proven of the arithmetic that shipped is no longer so
+        was["parity_shipped"] = proof.pop("shipped", None)
+        info |= {"parity": proof} if proof else {}
     setting = {key: value for key, value in asdict(best).items() if key not in ("spinning", "pinned", "accuracy_level")}
-    write_bundle(made, info | {"tuned": {**setting, "config_entries": entries, **facts}})
+    write_bundle(made, info | {"tuned": {**setting, "config_entries": entries, "was": was, **facts}})
+    return numeric
+
+
+def _note_kl(made: Path, kl: float) -> None:
+    """Note in ``bundle.json`` the divergence from the untuned bundle, in nats per token."""
+    path = made / BUNDLE_FILE
+    info = json.loads(path.read_text(encoding="utf-8"))
+    info["tuned"]["kl"] = kl
+    _write_json(path, info)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _keep_others(old: Path, made: Path) -> None:
+    """Copy into ``made`` what lies in ``old`` without being part of the bundle."""
+    for path in old.iterdir():
+        place = made / path.name
+        if place.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, place, symlinks=True)
+        else:
+            shutil.copy2(path, place, follow_symlinks=False)
+
+
+def _aside(folder: Path) -> Path:
+    """Where the old bundle stands while the new one takes its place in two steps."""
+    return folder.with_name(f".{folder.name}-before-tune")
+
+
+def _check_leftover(bundle: Path, out: Path, say: Callable[[str], None]) -> None:
+    """Bring back a bundle that a killed tune left aside; refuse to tune over one whose place is taken."""
+    aside = _aside(bundle)
+    if aside.is_dir() and not bundle.exists():
+        aside.rename(bundle)
+        say(f"restored {bundle} from {aside.name}, which an interrupted tune left")
+    elif aside.exists() and out == bundle:
+        do = f"Remove it if {bundle} is the bundle that you want, else put it back in its place"
+        raise UserError(str(aside), "an interrupted tune left it", "no such folder", do)
 
 
 def _check_place(bundle: Path, out: Path) -> None:
     """Refuse to write over something, or into a store."""
-    place = out.resolve()
-    for folder in (place, *place.parents):
+    for folder in (out, *out.parents):
         if (folder / MANIFEST).is_file():
             do = "Give another folder with --out"
             raise UserError(str(out), f"lies in the stored artifact {folder}", "a folder outside of a store", do)
-    if place != bundle.resolve() and out.exists():
+    if bundle in out.parents:
+        do = "Give a folder outside of it with --out, or --in-place"
+        raise UserError(str(out), f"lies in the bundle {bundle}", "a folder outside of it", do)
+    if out != bundle and out.exists():
         raise UserError(str(out), "exists already", "a new folder", "Give another one with --out, or remove it")
 
 
@@ -349,7 +456,7 @@ def _put(made: Path, out: Path) -> None:
         made.rename(out)
         return
     if not _exchange(made, out):  # two steps where the system has no exchange; the old one stays beside it until then
-        aside = out.with_name(f".{out.name}-before-tune")
+        aside = _aside(out)
         out.rename(aside)
         made.rename(out)
         shutil.rmtree(aside)

@@ -46,7 +46,11 @@ class Timing:
 
 
 class NotMeasurable(Exception):
-    """A setting that does not run here, with the reason."""
+    """``setting`` does not run here, with the reason."""
+
+    def __init__(self, setting: Setting, reason: str) -> None:
+        super().__init__(reason)
+        self.setting = setting
 
 
 @dataclass
@@ -120,7 +124,8 @@ def _duel(best: Setting, rival: Setting, trial: Trial, rules: Rules, judges: Jud
             if judges.over() or (len(ratios) >= _FEWEST and statistics.median(ratios) > _LOST):
                 break
     except NotMeasurable as error:
-        trial.verdict = f"does not run: {error}"
+        whose = "the best so far died" if error.setting == best else "does not run"
+        trial.verdict = f"{whose}: {error}"
         return False
     trial.ratio, trial.pairs = statistics.median(ratios), len(ratios)
     trial.prefill_s = statistics.median(timing.prefill_s for timing in timings)

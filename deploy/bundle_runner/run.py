@@ -40,6 +40,7 @@ OPTIONS = {
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
 }
 COLD = "the device offers no temperature in hwmon or thermal zones"
+AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
 SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
 
@@ -149,15 +150,26 @@ class Settings:
         session = config.get("model", {}).get("decoder", {}).get("session_options", {})
         found = threads or tuned.get("threads") or session.get("intra_op_num_threads") or cores()
         entries = {str(name): str(value) for name, value in (tuned.get("config_entries") or {}).items()}
+        if int(found) != tuned.get("threads"):
+            entries.pop(AFFINITIES, None)
         return cls(int(found), tuned.get("prefill_chunk"), entries)
 
 
+def processors(sys_root: Path = Path("/sys")) -> list[list[int]]:
+    """Processors that this process may use, by physical core; each alone where the system does not tell cores apart."""
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)):
+        core = _text(sys_root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        found.setdefault(core or str(cpu), []).append(cpu)
+    return list(found.values())
+
+
 def cores(sys_root: Path = Path("/sys")) -> int:
-    """Physical cores that this process may use; processors where the system does not tell them apart."""
-    found = set()
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
-        found.add(_text(sys_root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu))
-    return len(found)
+    """Physical cores that this process may use; no more than the quota of its cgroup (v2, v1) pays for, rounded up."""
+    usable, group = len(processors(sys_root)), sys_root / "fs/cgroup"
+    old = " ".join(_text(group / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+    quota = re.fullmatch(r"(\d+) (\d+)", _text(group / "cpu.max") or old)
+    return min(usable, max(1, -(-int(quota[1]) // int(quota[2])))) if quota else usable
 
 
 def _text(path: Path) -> str:
@@ -187,8 +199,7 @@ def machine() -> dict[str, Any]:
 
 def peak_memory_bytes() -> int | None:
     """Highest resident set of this process so far; None where the system does not tell."""
-    peak = re.search(r"^VmHWM:\s*(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE)
-    if peak:
+    if peak := re.search(r"^VmHWM:\s*(\d+) kB", _text(Path("/proc/self/status")), re.MULTILINE):
         return int(peak[1]) * 1024
     try:
         import resource  # not on Windows
@@ -267,8 +278,7 @@ class EnergyMeter:
 
     def joules(self) -> float | None:
         """Joules since the last call, or since the meter was made; None without a source."""
-        before, now = self.last, self._read()
-        self.last = now
+        before, self.last = self.last, (now := self._read())
         if self.source == "rapl":
             steps = [after - first for first, after in zip(before[1], now[1], strict=True)]
             whole = [_number(zone / "max_energy_range_uj") or 0 for zone in self.packages]
@@ -293,8 +303,7 @@ class Runner:
         og = runtime(info)
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
-        ends = model.get("eos_token_id")
-        self.og, self.settings, self.folder = og, settings, folder
+        ends, self.og, self.settings, self.folder = model.get("eos_token_id"), og, settings, folder
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
         self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
         session = {"inter_op_num_threads": 1, **settings.config_entries, "intra_op_num_threads": settings.threads}
@@ -323,8 +332,7 @@ class Runner:
         """Generate until an end or ``most`` tokens; ends are not given."""
         for _ in range(most):
             generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in self.ends:
+            if (token := int(generator.get_next_tokens()[0])) in self.ends:
                 return
             yield token
 
@@ -361,9 +369,8 @@ class Text:
 
         Raises Fault when the bundle has no chat template, or one that the runtime cannot render.
         """
-        told = json.dumps(list(messages))
         try:
-            text = self.tokenizer.apply_chat_template(told, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         except RuntimeError as error:
             got = f"the bundle has no chat template that the runtime can render ({str(error)[:200]})"
             raise Fault(f"{got}. Use --raw, which gives the text as it is") from error
@@ -397,8 +404,7 @@ class Conversation:
         A turn that fails or is interrupted is not kept. Raises Fault when the message alone is too long.
         """
         turns = [*self.turns, {"role": "user", "content": asked}]
-        room = max(1, min(self.max_new_tokens, self.runner.context // 4))
-        forgotten = 0
+        room, forgotten = max(1, min(self.max_new_tokens, self.runner.context // 4)), 0
         while len(ids := self.text.chat([*self.head, *turns])) > self.runner.context - room:
             if len(turns) < 3:
                 raise Fault(f"the message has {len(ids)} tokens; at most {self.runner.context - room} fit")
@@ -452,8 +458,7 @@ def chat(conversation: Conversation) -> None:
 
 def say(text: str) -> None:
     """Write ``text`` at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 @dataclass(frozen=True)
@@ -519,8 +524,7 @@ def bench(folder: Path, info: dict[str, Any], settings: Settings, lengths: Lengt
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the time before, not of this work
     if lengths.new_tokens < 2 or lengths.warmup < 0:
         raise Fault("--bench needs --new-tokens of 2 or more and --warmup of 0 or more")
-    context = int(info["onnx"]["context_tokens"])
-    if lengths.prompt_tokens + lengths.new_tokens > context:
+    if lengths.prompt_tokens + lengths.new_tokens > (context := int(info["onnx"]["context_tokens"])):
         raise Fault(f"{lengths.prompt_tokens} prompt and {lengths.new_tokens} new tokens; at most {context} together")
     og = runtime(info)
     import numpy  # noqa: F401 - loaded now, so that it counts as base memory
@@ -641,8 +645,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(json.dumps(record, sort_keys=True) + "\n")
             return 0
         runner = Runner(args.bundle, info, settings)
-        text = Text(runner)
-        head = [] if args.system is None else [{"role": "system", "content": args.system}]
+        text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
         if args.chat:
             chat(Conversation(runner, text, head, args.max_new_tokens))
             return 0

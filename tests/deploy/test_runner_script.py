@@ -120,7 +120,17 @@ def test_cores_are_physical_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n", encoding="utf-8")
     assert run.cores(tmp_path) == 2
+    assert run.processors(tmp_path) == [[0, 2], [1, 3]]
     assert run.cores(tmp_path / "nothing") == 4
+    old, new = tmp_path / "fs/cgroup/cpu", tmp_path / "fs/cgroup/cpu.max"
+    old.mkdir(parents=True)
+    for quota, expected in (("-1", 2), ("50000", 1)):
+        (old / "cpu.cfs_quota_us").write_text(f"{quota}\n", encoding="utf-8")
+        (old / "cpu.cfs_period_us").write_text("100000\n", encoding="utf-8")
+        assert run.cores(tmp_path) == expected
+    for quota, expected in (("max 100000", 2), ("100000 100000", 1), ("110000 100000", 2), ("900000 100000", 2)):
+        new.write_text(f"{quota}\n", encoding="utf-8")
+        assert run.cores(tmp_path) == expected
 
 
 def test_a_conversation_keeps_its_turns_and_reads_only_what_is_new(

@@ -15,9 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.errors import ParityError, UserError
+from compress.errors import ModelError, ParityError, UserError
 from deploy import tune as tuning
-from deploy.bundle import open_bundle, tuned
+from deploy.bundle import Bundle, open_bundle, tuned, write_bundle
+from deploy.bundle_runner import run
 from deploy.params import TuneParams
 from deploy.runners import GenaiRunner
 from deploy.tune_search import Judges, NotMeasurable, Rules, Setting, Timing, search
@@ -106,7 +107,7 @@ def test_a_setting_that_does_not_run_is_passed_over() -> None:
 
     def measure(setting: Setting) -> Timing:
         if setting.pinned:
-            raise NotMeasurable("no such core")
+            raise NotMeasurable(setting, "no such core")
         return machine.measure(setting)
 
     best, trials = search(START, VALUES, Rules(64, rounds=3), Judges(measure, lambda _: "", lambda: False))
@@ -140,25 +141,179 @@ def only(monkeypatch: pytest.MonkeyPatch, best: Setting) -> None:
 def test_every_setting_is_written_and_read_by_the_runtime(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "_cores", lambda: [0, 1])
+    monkeypatch.setattr(tuning, "processors", lambda: [[0], [1]])
     best = Setting(2, False, True, False, prefill_chunk=4, accuracy_level=1)
     only(monkeypatch, best)
     out = tmp_path / "tuned"
     tuning.tune(bundle, out, QUICK, device="a test")
     config = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     session = config["model"]["decoder"]["session_options"]
-    assert (session[tuning.SPINNING], session[tuning.AFFINITIES], session["intra_op_num_threads"]) == ("0", "2", 2)
+    assert (session[tuning.SPINNING], session["intra_op_num_threads"]) == ("0", 2)
+    assert tuned(out)["config_entries"] == {tuning.SPINNING: "0", tuning.AFFINITIES: "2"}
     assert (config["search"]["chunk_size"], config["search"]["past_present_share_buffer"]) == (4, False)
     graph = onnx.load(str(out / "model.onnx"))
     levels = {a.i for node in graph.graph.node for a in node.attribute if a.name == "accuracy_level"}
     assert levels == {1}
     assert open_bundle(out).info["onnx"]["accuracy_level"] == 1
     assert GenaiRunner(out).generate([[9, 8, 7, 6, 5, 4, 3, 2, 1]], 5, set())
-    only(monkeypatch, Setting(2, accuracy_level=1))  # tuned once more: what was set before is gone
-    tuning.tune(out, out, QUICK, device="a test")
-    again = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
-    assert "chunk_size" not in again["search"]
-    assert not {tuning.SPINNING, tuning.AFFINITIES} & set(again["model"]["decoder"]["session_options"])
+
+
+def test_a_bundle_with_pinned_threads_opens_with_any_count(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "processors", lambda: [[0], [1]])
+    only(monkeypatch, Setting(2, pinned=True))
+    out = tmp_path / "tuned"
+    tuning.tune(bundle, out, QUICK, device="a test")
+    assert tuning.AFFINITIES not in (out / "genai_config.json").read_text(encoding="utf-8")
+    info, config = open_bundle(out).info, run.read_json(out / run.GENAI_CONFIG)
+    answers = []
+    for threads, pinned in ((None, True), (2, True), (1, False), (3, False)):
+        runner = GenaiRunner(out, threads=threads)
+        assert (tuning.AFFINITIES in runner._overlay) == pinned
+        settings = run.Settings.of(dict(info), config, threads)
+        assert settings.config_entries == ({tuning.AFFINITIES: "2"} if pinned else {})
+        assert run.Runner(out, dict(info), settings).vocabulary == runner.vocabulary
+        answers.append(runner.generate([[9, 8, 7]], 6, set()))
+    assert answers == answers[:1] * 4
+
+
+def test_siblings_are_pinned_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "processors", lambda: [[0, 1], [2, 3], [4, 5]])
+    assert tuning.session_entries(Setting(3, pinned=True)) == {tuning.AFFINITIES: "3;5"}
+    assert tuning.session_entries(Setting(4, pinned=True)) == {tuning.AFFINITIES: "3;5;2"}
+
+
+def test_a_second_tune_starts_from_what_was_exported(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "processors", lambda: [[0], [1]])
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle, place)
+    config_file = place / "genai_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["search"]["past_present_share_buffer"] = False
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
+    config_file.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    exported = write_bundle(place, {k: v for k, v in open_bundle(bundle).info.items() if k != "files"}).info
+    graph = (place / "model.onnx").read_bytes()
+    only(monkeypatch, Setting(2, False, True, share_buffer=False, prefill_chunk=4, accuracy_level=1))
+    tuning.tune(place, place, QUICK, device="a test")
+    once = open_bundle(place).info
+    assert once["onnx"]["accuracy_level"] == 1
+    assert set(once["parity"]) == set(exported["parity"]) - {"shipped"}
+    assert once["tuned"]["kl"] > 0
+    untuned = tuning._copy_untuned(open_bundle(place), tmp_path / "untuned")
+    assert untuned.info["parity"] == exported["parity"]
+    assert untuned.info["onnx"] == exported["onnx"]
+    assert json.loads((untuned.folder / "genai_config.json").read_text(encoding="utf-8")) == config
+    before, after = (onnx.load_from_string(data) for data in (graph, (untuned.folder / "model.onnx").read_bytes()))
+    assert before == after
+    start = tuning.starting_point(untuned)
+    assert (start.share_buffer, start.accuracy_level) == (False, 4)
+    assert "share_buffer" not in tuning.values(start, 8, 2)
+    only(monkeypatch, Setting(1, share_buffer=False))
+    tuning.tune(place, place, QUICK, device="a test")
+    again = open_bundle(place).info
+    assert (again["parity"], again["tuned"]["was"]) == (exported["parity"], {
+        "accuracy_level": 4,
+        "search": {"past_present_share_buffer": False},
+        "session": {"intra_op_num_threads": 1},
+    })  # fmt: skip
+
+
+def test_accuracy_is_no_knob_where_the_graph_has_none(bundle: Path, tmp_path: Path) -> None:
+    start = tuning.starting_point(open_bundle(bundle))
+    base = tmp_path / "base"
+    shutil.copytree(bundle, base)
+    assert "accuracy_level" in tuning._space(start, QUICK, tuning.Workers(base, QUICK))
+    shutil.rmtree(tmp_path / "level-1")
+    model = onnx.load(str(base / "model.onnx"), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in [a for a in node.attribute if a.name == "accuracy_level"]:
+            node.attribute.remove(attribute)
+    (base / "model.onnx").write_bytes(model.SerializeToString())
+    assert "accuracy_level" not in tuning._space(start, QUICK, tuning.Workers(base, QUICK))
+    info = {**open_bundle(bundle).info, "onnx": {"accuracy_level": 0, "context_tokens": 256}}
+    made = tmp_path / "made"
+    (base / "bundle.json").unlink()
+    assert not tuning._write(Bundle(base, info), made, Setting(1, accuracy_level=1), {})
+    assert open_bundle(made).info["onnx"]["accuracy_level"] == 0
+
+
+def test_a_process_that_dies_is_told_apart() -> None:
+    def measure(setting: Setting) -> Timing:
+        if setting == START:
+            raise NotMeasurable(setting, "killed")
+        return Timing(1.0, 1.0)
+
+    best, trials = search(START, {"threads": [4, 2]}, Rules(64, rounds=1), Judges(measure, lambda _: "", lambda: False))
+    assert best == START
+    assert [trial.verdict for trial in trials] == ["the best so far died: killed"]
+
+
+class Dying:
+    """Workers of which the setting ``dead`` fails."""
+
+    base = Path("base")
+
+    def __init__(self, dead: Setting) -> None:
+        self.dead = dead
+
+    def measure(self, setting: Setting) -> Timing:
+        """Time one request."""
+        if setting == self.dead:
+            raise NotMeasurable(setting, "killed")
+        return Timing(1.0, 1.0)
+
+
+def test_a_winner_that_dies_in_the_end_gives_way_to_the_start() -> None:
+    start, best = Setting(1), Setting(2)
+    workers: Any = Dying(best)
+    chosen, pairs, died = tuning._compare(start, best, workers, 2)
+    assert (chosen, len(pairs), died) == (start, 2, "killed")
+    workers = Dying(start)
+    with pytest.raises(ModelError, match="does not run here dependably: killed"):
+        tuning._compare(start, best, workers, 2)
+
+
+def test_a_bundle_is_tuned_from_inside_and_through_a_link(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, link = tmp_path / "bundle", tmp_path / "link"
+    shutil.copytree(bundle, place)
+    (place / "notes").mkdir()
+    (place / "notes" / "mine.txt").write_text("mine", encoding="utf-8")
+    link.symlink_to(place)
+    only(monkeypatch, Setting(1))
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match=r"lies in the bundle .*; expected a folder outside of it"):
+        tuning.tune(Path(), Path("bundle-tuned"), QUICK, device="a test")
+    assert not (place / "bundle-tuned").exists()
+    tuning.tune(Path(), Path(), QUICK, device="inside")
+    monkeypatch.chdir(tmp_path)
+    assert tuned(place)["device"] == "inside"
+    tuning.tune(link, link, QUICK, device="link")
+    assert link.is_symlink()
+    assert tuned(place)["device"] == "link"
+    assert (place / "notes" / "mine.txt").read_text(encoding="utf-8") == "mine"
+    tuning.tune(link, tmp_path / "new", QUICK, device="new")
+    assert not (tmp_path / "new" / "notes").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "link", "new"]
+
+
+def test_what_a_killed_tune_left_aside_is_brought_back(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, aside = tmp_path / "bundle", tmp_path / ".bundle-before-tune"
+    shutil.copytree(bundle, aside)
+    only(monkeypatch, Setting(1))
+    tuning.tune(place, place, QUICK, device="a test")
+    assert tuned(place)["device"] == "a test"
+    assert not aside.exists()
+    aside.mkdir()
+    with pytest.raises(UserError, match=r"before-tune: an interrupted tune left it; .* Remove it if .*bundle is the"):
+        tuning.tune(place, place, QUICK, device="a test")
 
 
 def test_a_bundle_that_answers_otherwise_is_not_written(
@@ -220,3 +375,11 @@ def test_the_command_shows_what_it_tried(bundle: Path, tmp_path: Path, monkeypat
     assert tuned(tmp_path / f"{bundle.name}-tuned")
     refused = CliRunner().invoke(app, ["tune", str(bundle), "--in-place", "--out", "x"])
     assert refused.exit_code == 2
+    place = tmp_path / f"{bundle.name}-tuned"
+    monkeypatch.chdir(place)
+    rates = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s"), 1.0)
+    figures = {"before": rates, "after": rates, "load_average": 0.0}
+    monkeypatch.setattr(tuning, "_find", lambda *_: (Setting(1), [], figures))
+    inside = CliRunner().invoke(app, ["tune", ".", "--in-place", *short])
+    assert inside.exit_code == 0, inside.output
+    assert f"go to the new one with: cd {place}" in inside.output.replace("\n", " ")
