@@ -61,6 +61,10 @@ class NotHere(Exception):
     """What keeps this machine from emulating."""
 
 
+class Failed(Exception):
+    """The runtime ended without an answer: what this benchmark is there to find."""
+
+
 def run(command: Sequence[str | Path], **options: Any) -> str:
     """Standard output of a command; its last line of complaint as `NotHere` when it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
@@ -157,10 +161,13 @@ def own_bundles(work: Path) -> dict[str, Path]:
     """The embedded teacher in 4 bits, with 8-bit activations and in fp32 arithmetic."""
     from compress.progress import Progress
     from compress.single import Request, run_stage, stage_and_params
+    from compress.stages import find
     from deploy.targets import load_target
 
-    codes = work / "codes"
-    bundles = {f"int4, accuracy level {level}": work / f"bundle-{level}" for level in (4, 0)}
+    # what an earlier version of a stage wrote is not taken for this one's
+    rounded, written = find("model.quantization", "rtn").version, find("deploy.export").version
+    codes, key = work / f"codes-v{rounded}", f"v{rounded}.{written}"
+    bundles = {f"int4, accuracy level {level}": work / f"bundle-{level}-{key}" for level in (4, 0)}
     if not codes.is_dir():
         stage, params = stage_and_params("model.quantization.rtn", ["bits=4", "group_size=32", "embedding_bits=8"])
         run_stage(Request(stage, params, {"model": QUICKSTART / "teacher"}, codes, threads=1), Progress(quiet=True))
@@ -202,7 +209,10 @@ def answered(command: Sequence[str | Path], request: dict[str, Any], name: str, 
     """Answers (lists of ids) and logits (positions, vocabulary) of ``request``, run by ``command``."""
     out, asked = work / f"{name}.json", work / "request.json"
     asked.write_text(json.dumps(request | {"out": str(out)}), encoding="utf-8")
-    run([*command, Path(__file__).resolve(), "--answer", asked], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        run([*command, Path(__file__).resolve(), "--answer", asked], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    except NotHere as error:
+        raise Failed(f"{request['bundle']} on {name}: {error}") from error
     return json.loads(out.read_text(encoding="utf-8"))["answers"], np.load(out.with_suffix(".npy"))
 
 
@@ -257,6 +267,9 @@ def main() -> int:
         args.work.mkdir(parents=True, exist_ok=True)
         bundles = {args.bundle.name: args.bundle} if args.bundle else own_bundles(args.work)
         rows = compare(bundles, args)
+    except Failed as error:
+        print(f"emulate-arm64: no answer: {error}", file=sys.stderr)
+        return 1
     except NotHere as error:
         print(f"emulate-arm64: not possible here: {error}", file=sys.stderr)
         return 2

@@ -58,6 +58,9 @@ def bench(
         result = run_stage(request, progress)
     else:
         _check_words(where)
+        if place.kind == "adb" and (where.folder or "").startswith("~"):
+            got = f"got {where.folder!r}, and adb has no home to put it in"
+            raise UserError("--remote-folder", got, "an absolute path, such as /data/local/tmp/edgestill/mine")
         if out is not None and (out / BENCH_FILE).exists():
             raise UserError(str(out / BENCH_FILE), "is there already", do="Give another name, or remove it first.")
         on = OnDevice(open_device(place, ssh_config=where.ssh_config), where.python, where.folder)

@@ -36,9 +36,15 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
         "seed": ctx.seed,
         **params.model_dump(),
     }
-    environment = os.environ | {"OMP_NUM_THREADS": str(ctx.threads), "TOKENIZERS_PARALLELISM": "false"}
+    root = str(Path(__file__).resolve().parents[1])  # -P below keeps the current folder from being searched for modules
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(ctx.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "compress.checkpoint_bench"],
+        [sys.executable, "-P", "-m", "compress.checkpoint_bench"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -323,7 +323,9 @@ def _fit(bundle: _State, plan: Plan, result: Estimate) -> None:
         return
     result.notes += target.notes
     context = (plan.profile.export or {}).get("context_tokens")
-    found = sizing.estimate(bundle.config, precision, target, context)
+    drawn = plan.profile.export or {}
+    last = drawn.get("backend") != "optimum" and drawn.get("last_logits", True)
+    found = sizing.estimate(bundle.config, precision, target, context, last_logits=last)
     result.figures[f"peak memory on {target.name}"] = (float(found.peak_memory_bytes), "bytes")
     result.figures[f"decode on {target.name}"] = (found.decode_tokens_per_s, "tokens/s")
     result.figures[f"prefill on {target.name}"] = (found.prefill_tokens_per_s, "tokens/s")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,8 +60,11 @@ def measured_target(name: str, place: Path, threads: int | None) -> str:
     target = machine.machine_target(facts, rates, name, place.parent)
     when = datetime.now(UTC).date().isoformat()
     text = machine.target_text(target, single, rates, when=when, versions=doctor.versions())
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is left at the place unless it reads back
+        draft = Path(scratch) / f"{name}.yaml"
+        draft.write_text(text, encoding="utf-8")
+        load_target(draft)
     place.write_text(text, encoding="utf-8")
-    load_target(place)
     return text
 
 

@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
-        version=4,
+        version=5,
         reads=("model",),
         optional=("data",),
         writes="bundle",

@@ -145,7 +145,7 @@ def bench_bundle(
 def remote_of(on: OnDevice, bundle: Bundle) -> Remote:
     """Where ``bundle`` lies on the device: the user's folder, else one that its digest names."""
     name = file_sha256(bundle.folder / BUNDLE_FILE)[:_DIGEST_LETTERS]
-    return Remote(on.device, on.folder or on.device.folder(name), on.python)
+    return Remote(on.device, on.folder or on.device.folder(name), on.python, on.folder is not None)
 
 
 def _told(copied: Copied, remote: Remote) -> str:

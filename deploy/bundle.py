@@ -17,8 +17,9 @@ from typing import Any
 
 from compress.errors import ModelError
 from compress.files import file_sha256
+from deploy.bundle_runner.run import forbidden, strange_options
 
-BUNDLE_FILE = "bundle.json"
+BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
 GGUF_FOLDER, GPTQ_FOLDER = "gguf", "gptq"
 BESIDE = (GGUF_FOLDER, GPTQ_FOLDER)  # formats in folders of their own; where there is no ONNX model, the first ships
 RUNNER_FILE = "run.py"
@@ -102,7 +103,8 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     """Read a bundle and check its files: sizes always, digests with ``verify``.
 
     Raises:
-        ModelError: no bundle, another form, or a file is missing, of another size, or altered.
+        ModelError: no bundle, another form, a file is missing, of another size, or altered; or as `check_safe`, with
+            ``verify``.
     """
     path = folder / BUNDLE_FILE
     try:
@@ -123,7 +125,23 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
         files = f"{form}_files"
         if files == shipped or (form in info["formats"] and (folder / form).is_dir()):
             _check_files(folder / form, info.get(files, {}), verify=verify)
+    if verify:
+        check_safe(folder)
     return Bundle(folder, info)
+
+
+def check_safe(folder: Path) -> None:
+    """Raise ModelError when the runtime, opening ``folder``, would load code or files that are not the bundle's."""
+    path, do = folder / GENAI_CONFIG, "Do not open this bundle unless you know why it asks for that"
+    if path.is_file():
+        try:
+            reason = forbidden(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(str(path), f"cannot be read ({error})", "the runtime's configuration", _REPAIR) from error
+        if reason:
+            raise ModelError(str(path), reason, "threads, logging and the CPU; files of the bundle", do)
+    if strange := strange_options(tuned(folder).get("config_entries") or {}):
+        raise ModelError(str(folder / BUNDLE_FILE), f"tuned: {strange[0]}", "entries that edgestill tune writes", do)
 
 
 def shipped_folder(formats: Sequence[str]) -> str:
@@ -142,6 +160,8 @@ def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> Non
         path = folder / name
         if Path(name).name != name:
             raise ModelError(str(folder / BUNDLE_FILE), f"the file name {name!r}", "a plain name", _REPAIR)
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= set(facts):
+            raise ModelError(str(folder / BUNDLE_FILE), f"no bytes and sha256 for {name!r}", "both", _REPAIR)
         if not path.is_file():
             raise ModelError(str(path), "missing from the bundle", do=_REPAIR)
         if path.stat().st_size != facts["bytes"]:

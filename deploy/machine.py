@@ -62,7 +62,7 @@ def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEV
     settings = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path.rstrip(os.pathsep)}
     try:
         done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
+            [sys.executable, "-P", "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
             capture_output=True,
             text=True,
             timeout=_TIME_LIMIT_S,
@@ -97,7 +97,7 @@ def here(rates: Rates, **facts: Any) -> Target:
         "storage_bytes": shutil.disk_usage(Path.cwd()).free,
         "storage_read_bytes_per_s": 1.0,  # no estimate reads it
         "runtime": "onnxruntime-genai",
-        "formats": ["onnx", "gptq"],
+        "formats": ["onnx", "gptq", "gguf"],
         **facts,
     }
     return Target(**{"usable_memory_bytes": values["memory_bytes"], **values})
@@ -166,7 +166,7 @@ def target_text(target: Target, single: Rates, rates: Rates, *, when: str, versi
     return f"""\
 # Measured on {when} by: edgestill targets measure ({runtime}{busy if rates.load_average > rates.threads / 2 else ""}).
 edgestill: 1
-name: {target.name}
+name: {json.dumps(target.name)}
 description: {json.dumps(target.description)}
 
 # As /proc/cpuinfo says; cores are those that this process may use (affinity, container limit).

@@ -21,7 +21,7 @@ import onnxruntime_genai as og
 
 from compress.errors import DataError, ModelError
 from deploy import huge_pages
-from deploy.bundle import open_bundle, tuned
+from deploy.bundle import check_safe, open_bundle, tuned
 from deploy.bundle_runner.run import Settings
 
 
@@ -52,6 +52,7 @@ class GenaiRunner:
         config_file = folder / "genai_config.json"
         if not config_file.is_file():
             raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
+        check_safe(folder)
         configured = json.loads(config_file.read_text(encoding="utf-8"))
         settings = configured["model"]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])

@@ -17,7 +17,7 @@ from typing import Any
 
 from compress.errors import ModelError, TargetError
 from compress.model.quantization.layout import stored_as
-from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes, parameter_count
+from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes
 from deploy.bundle import RUNNER, Bundle
 from deploy.targets import Target
 
@@ -101,9 +101,17 @@ class SizeEstimate:
 
 
 def estimate(
-    config: Mapping[str, Any], precision: Precision, target: Target, context_tokens: int | None = None
+    config: Mapping[str, Any],
+    precision: Precision,
+    target: Target,
+    context_tokens: int | None = None,
+    *,
+    last_logits: bool = True,
 ) -> SizeEstimate:
-    """Return the estimate for a model of ``config`` on ``target``; the context is the target's where left out."""
+    """Return the estimate for a model of ``config`` on ``target``; the context is the target's where left out.
+
+    ``last_logits`` is what the export is told: a prompt's logits at its last position alone.
+    """
     own = int(config.get("max_position_embeddings") or target.context_tokens)
     context = min(own, target.context_tokens if context_tokens is None else context_tokens)
     stored, read = weight_bytes(config, precision)
@@ -113,8 +121,8 @@ def estimate(
         cache=kv_cache_bytes(config, context),
         context=context,
         layers=int(config["num_hidden_layers"]),
-        parameters=parameter_count(config),
-        vocabulary=int(config["vocab_size"]),
+        multiplied=products(config, last_logits=last_logits),
+        logits=logits_bytes(int(config["vocab_size"]), 1 if last_logits else context),
         size=bundle_bytes(config, precision),
         prompt=context,
         coded=precision.bits < 16,
@@ -132,6 +140,7 @@ def estimate_of_bundle(
         ModelError: the bundle has no ONNX format, or its configuration cannot be read.
     """
     bundle.need("onnx")
+    prompt = context_tokens if prompt_tokens is None else prompt_tokens
     path = bundle.folder / "genai_config.json"
     try:
         decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
@@ -148,12 +157,38 @@ def estimate_of_bundle(
         cache=2 * 4 * values * context_tokens,
         context=context_tokens,
         layers=layers,
-        parameters=bundle.parameters,
-        vocabulary=int(bundle.model["vocabulary"]),
+        multiplied=_products_of_bundle(bundle),
+        logits=logits_bytes(int(bundle.model["vocabulary"]), 1 if _keeps_last(bundle) else prompt),
         size=bundle.bytes,
-        prompt=context_tokens if prompt_tokens is None else prompt_tokens,
+        prompt=prompt,
         coded=bundle.model["bits"] is not None,
     )
+
+
+def products(config: Mapping[str, Any], *, last_logits: bool) -> tuple[int, int]:
+    """Return the weights that multiply every token, and those that multiply the last token of a prompt alone.
+
+    The latter are the head and the last layer's feed-forward part where ``last_logits``, else none. An embedding is
+    looked up, not multiplied.
+    """
+    shapes = {name: math.prod(shape) for name, shape in linear_shapes(config).items()}
+    head = int(config["vocab_size"]) * int(config["hidden_size"])
+    once = head + sum(size for name, size in shapes.items() if name.startswith("mlp.")) if last_logits else 0
+    return int(config["num_hidden_layers"]) * sum(shapes.values()) + head - once, once
+
+
+def _keeps_last(bundle: Bundle) -> bool:
+    facts = bundle.info["onnx"]
+    return bool(facts.get("last_logits", facts.get("backend") != "optimum"))
+
+
+def _products_of_bundle(bundle: Bundle) -> tuple[int, int]:
+    """As `products`; a bundle of an older export tells neither, and counts as one with a tied head."""
+    facts, head = bundle.info["onnx"], int(bundle.model["vocabulary"]) * int(bundle.model["hidden"])
+    if "products_per_token" in facts:
+        return int(facts["products_per_token"]), int(facts["products_per_prompt"])
+    once = head if _keeps_last(bundle) else 0
+    return bundle.parameters - once, once
 
 
 def _on_target(
@@ -163,24 +198,26 @@ def _on_target(
     cache: int,
     context: int,
     layers: int,
-    parameters: int,
-    vocabulary: int,
+    multiplied: tuple[int, int],  # weights that multiply every token, and the last of a prompt alone
+    logits: int,  # bytes
     size: int,
     prompt: int,  # tokens that are read at once
     coded: bool,  # the linears are codes
 ) -> SizeEstimate:
     stored, read = weights
     overhead = (layers * LAYER_NODES + 8) * target.node_seconds
-    row, rows = (2 * parameters / target.product_ops_per_s(coded=coded, rows=count) for count in (1, prompt))
+    every, once = multiplied
+    row = 2 * (every + once) / target.product_ops_per_s(coded=coded, rows=1)
+    rows = 2 * (every * prompt + once) / target.product_ops_per_s(coded=coded, rows=prompt)
     # half the context is full on average over an answer
     decode = max((read + cache / 2) / target.read_bytes_per_s, row) + overhead
-    prefill = max(read / target.read_bytes_per_s, prompt * rows) + overhead
+    prefill = max(read / target.read_bytes_per_s, rows) + overhead
     return SizeEstimate(
         bundle_bytes=size,
         weight_bytes=stored,
         read_per_token_bytes=read,
         kv_cache_bytes=cache,
-        peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits_bytes(vocabulary)),
+        peak_memory_bytes=round(BASE_BYTES + HELD_COPIES * max(read, stored) + cache + logits),
         context_tokens=context,
         decode_tokens_per_s=1 / decode,
         prefill_tokens_per_s=prompt / prefill,
@@ -251,9 +288,9 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return 2 * 4 * int(config["num_hidden_layers"]) * kv_head_count(config) * size * tokens
 
 
-def logits_bytes(vocabulary: int) -> int:
-    """Return the bytes of the logits, which the graph gives at the last position of a prompt alone."""
-    return 4 * vocabulary
+def logits_bytes(vocabulary: int, positions: int) -> int:
+    """Return the bytes of the logits, in fp32, at so many positions of a prompt."""
+    return 4 * vocabulary * positions
 
 
 def check_fit(found: SizeEstimate, target: Target) -> None:

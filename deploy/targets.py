@@ -7,6 +7,7 @@ of models: what fits a target is `deploy.sizing`'s question.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ class Target(BaseModel):
     cpu: str = Field(description="processor")
     isa: list[str] = Field(min_length=1, description="architecture, then instruction sets as /proc/cpuinfo names them")
     cores: int = Field(ge=1, description="cores that the runtime should use")
+    device_cores: int | None = Field(None, ge=1, description="all cores of the device; left out: as many as cores")
     memory_bytes: int = Field(ge=1, description="RAM of the device")
     usable_memory_bytes: int = Field(ge=1, description="RAM that one application may fill")
     memory_bandwidth_bytes_per_s: float = Field(gt=0, description="peak of the memory bus")
@@ -131,12 +133,15 @@ def unlike(target: Target, machine: Mapping[str, Any]) -> list[str]:
     missing = [name for name in sets if name not in machine["instruction_sets"]]
     if missing and own == kind:
         found.append(f"it lacks {', '.join(missing)}")
-    if int(machine["cores"]) != target.cores:
-        found.append(f"it has {machine['cores']} usable cores, not {target.cores}")
-    marks = [word for word in target.cpu.partition(",")[0].split() if any(sign.isdigit() for sign in word)]
+    device_cores = target.device_cores or target.cores
+    if int(machine["cores"]) != device_cores:
+        found.append(f"it has {machine['cores']} usable cores, not {device_cores}")
+    words = target.cpu.partition(",")[0].lower().split()
+    marks = [word for word in words if len(word) >= 3 and any(sign.isdigit() for sign in word)]
     name = str(machine["cpu"]).lower()
     named = name not in ("", own.lower())
-    if marks and named and not any(mark.lower() in name for mark in (*marks, target.name.replace("-", " "))):
+    marks += [target.name.replace("-", " ")] * bool(marks)
+    if marks and named and not any(re.search(rf"(?<!\w){re.escape(mark)}(?!\w)", name) for mark in marks):
         found.append(f"its processor is {machine['cpu']}, not {target.cpu.partition(',')[0]}")
     return found
 

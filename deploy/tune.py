@@ -248,7 +248,7 @@ class Workers:
         }
         path = os.pathsep.join(p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")) if p)
         process = subprocess.Popen(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-m", "deploy.tune_worker", json.dumps(request)],
+            [sys.executable, "-P", "-m", "deploy.tune_worker", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

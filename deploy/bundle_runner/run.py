@@ -33,6 +33,12 @@ BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
 VECTOR = re.compile(r"sse4|avx|fma$|f16c|amx|neon|asimd|sve|i8mm|bf16")  # instruction sets that a record names
+# Options of a session that open nothing: another one, such as custom_ops_library, may load code out of the bundle.
+OPTIONS = {
+    *("intra_op_num_threads", "inter_op_num_threads", "log_id", "log_severity_level", "log_verbosity_level"),
+    *("graph_optimization_level", "enable_cpu_mem_arena", "enable_mem_pattern", "session.disable_prepacking"),
+    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
+}
 COLD = "the device offers no temperature in hwmon or thermal zones"
 AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
@@ -40,7 +46,57 @@ SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
 
 
 class Fault(Exception):
-    """What the user reads instead of a traceback, with exit code 1."""
+    """What the user reads instead of a traceback; it ends with exit code ``code``."""
+
+    code = 1
+
+
+class Refused(Fault):
+    """The bundle asks for what no bundle may do."""
+
+    code = 2
+
+
+def forbidden(text: str) -> str:
+    """What a runtime's configuration asks for that no bundle may do: other `OPTIONS`, files elsewhere; "" for nothing.
+
+    The whole document is walked. A key that comes twice is refused, since the runtime may read the other one. Raises
+    ValueError when it is no JSON.
+    """
+    found: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        found.extend(f"the key {name!r} comes twice" for name in sorted(set(names)) if names.count(name) > 1)
+        for name, value in pairs:
+            if name == "session_options":
+                found.extend(strange_options(value))
+            elif name.endswith("filename") and (not isinstance(value, str) or re.search(r"[/\\:\0]|^\.*$", value)):
+                found.append(f"{name} {value!r} is no plain file name")
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=once)
+    return found[0] if found else ""
+
+
+def strange_options(options: Any) -> list[str]:
+    """What a table of session options holds beside `OPTIONS` and the CPU as the provider."""
+    if not isinstance(options, dict):
+        return ["session_options is no table"]
+    plain: tuple[Any, ...] = ([], {}, None, [{"cpu": {}}], [{"CPU": {}}], ["cpu"], ["CPU"])
+    found = [] if options.get("provider_options") in plain else ["session_options has a provider other than the CPU"]
+    strange = sorted(set(options) - OPTIONS - {"provider_options"})
+    return found + [f"session_options has the key {name!r}, which may load code" for name in strange]
+
+
+def check_config(path: Path) -> None:
+    """Raise Refused when the runtime's configuration in ``path`` is `forbidden`, Fault when it cannot be read."""
+    try:
+        reason = forbidden(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Fault(f"{path}: cannot be read ({error}). Copy the bundle again") from error
+    if reason:
+        raise Refused(f"{path}: {reason}. Do not open this bundle unless you know why it asks for that")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -241,6 +297,9 @@ class Runner:
     """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime."""
 
     def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+        check_config(folder / GENAI_CONFIG)
+        if strange := strange_options(settings.config_entries):
+            raise Refused(f"{folder / BUNDLE_FILE}: tuned: {strange[0]}")
         og = runtime(info)
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
@@ -392,7 +451,8 @@ def chat(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             conversation.generator = None  # it stands in the middle of an answer
             say("\n(stopped)\n")
-        except Fault as fault:
+        except (Fault, RuntimeError) as fault:
+            conversation.generator = None
             say(f"({fault})\n")
 
 
@@ -445,11 +505,11 @@ def _energy(meter: EnergyMeter, seen: Sequence[dict[str, Any]], lengths: Lengths
     """Joules per token of prefill and decode; None, with the reason, where the device does not tell."""
     found: dict[str, Any] = {"source": meter.source, "reason": meter.reason or None}
     for phase, tokens in (("prefill", lengths.prompt_tokens), ("decode", lengths.new_tokens - 1)):
-        seconds, least = sum(one[f"{phase}_s"] for one in seen), SHORTEST_S.get(meter.source or "", math.inf)
+        seconds, least = min(one[f"{phase}_s"] for one in seen), SHORTEST_S.get(meter.source or "", math.inf)
         told = seconds >= least
         found[f"{phase}_j_per_token"] = sum(one[f"{phase}_j"] for one in seen) / len(seen) / tokens if told else None
         if meter.source and not told:
-            short = f"{phase} took {seconds:.3g} s in all, and {meter.source} tells nothing below {least:g} s"
+            short = f"{phase} took {seconds:.3g} s in a repeat, and {meter.source} tells nothing below {least:g} s"
             found["reason"] = f"{found['reason']}; {short}" if found["reason"] else short
     return found
 
@@ -556,6 +616,15 @@ def _watch_input() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def reason_of(error: Exception, bundle: Path) -> str:
+    """What the user is told of ``error``."""
+    if isinstance(error, Fault):
+        return str(error)
+    if isinstance(error, RuntimeError):  # what the runtime raises for everything
+        return f"onnxruntime-genai: {str(error)[:300]}"
+    return f"{bundle}: its JSON is incomplete ({type(error).__name__}: {str(error)[:200]}). Copy the bundle again"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(arguments)
@@ -584,9 +653,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
         answer(runner, text, ids, args.max_new_tokens)
         say("\n")
-    except Fault as fault:
-        print(f"run.py: error: {fault}", file=sys.stderr)
-        return 1
+    except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+        print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
+        return error.code if isinstance(error, Fault) else 1
     except KeyboardInterrupt:
         return 130
     return 0

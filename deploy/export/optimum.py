@@ -26,6 +26,11 @@ from deploy.export.skeleton import check_attention
 
 VARIABLE = "EDGESTILL_OPTIMUM_PYTHON"
 _PLACE = Path(__file__).resolve().parents[2] / "build" / "optimum" / "bin" / "python"
+_MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"  # in a checkout
+PACKAGES = (  # the Makefile's OPTIMUM
+    *("transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0", "accelerate==1.15.0"),
+    *("onnxruntime==1.32.0", "onnx==1.23.2", "onnxscript==0.7.2"),
+)
 _WORKER = Path(__file__).with_name("optimum_worker.py")
 
 
@@ -74,9 +79,20 @@ def interpreter() -> Path:
             "backend optimum",
             f"no interpreter at {python}",
             "an environment with optimum-onnx, which needs an older transformers than edgestill (below 4.58)",
-            f"Make it with: make optimum-env. One that lies elsewhere is named by {VARIABLE}",
+            _how_to_make_it(),
         )
     return python
+
+
+def _how_to_make_it() -> str:
+    """How its environment is made: by make in a checkout, by pip where edgestill is an installed package."""
+    if _MAKEFILE.is_file():
+        return f"Make it with: make optimum-env. One that lies elsewhere is named by {VARIABLE}"
+    packages = f"torch==2.13.0 {' '.join(PACKAGES)}"
+    return (
+        f"Make it with: python3 -m venv optimum && optimum/bin/pip install {packages}; then set "
+        f"{VARIABLE}=$PWD/optimum/bin/python"
+    )
 
 
 def _run(python: Path, source: Path, out: Path) -> None:
@@ -93,7 +109,7 @@ def _run(python: Path, source: Path, out: Path) -> None:
         raise EdgestillError(
             "backend optimum",
             f"optimum-onnx failed: {lines[-1][:300]}",
-            do="Make its environment anew with: make optimum-env. Or leave --backend out, for edgestill's own graph",
+            do=f"{_how_to_make_it()}. Or leave --backend out, for edgestill's own graph",
         )
 
 
@@ -122,7 +138,7 @@ def _genai_config(config: dict[str, Any], model: onnx.ModelProto, checkpoint: Pa
         },
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
     }
-    ends = end_tokens(config.get("eos_token_id") or [], checkpoint)
+    ends = end_tokens([] if config.get("eos_token_id") is None else config["eos_token_id"], checkpoint)
     first = ends if isinstance(ends, int) else ends[0]
     pad = config.get("pad_token_id")
     names = {

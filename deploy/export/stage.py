@@ -27,7 +27,7 @@ from deploy.export.optimum import interpreter, write_optimum
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
-from deploy.sizing import Precision, check_fit, estimate
+from deploy.sizing import Precision, check_fit, estimate, products
 
 _SAID = {GPTQ_FOLDER: "GPTQ checkpoint", GGUF_FOLDER: "GGUF file"}
 
@@ -46,7 +46,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
     _check_formats(params, ctx, config, source)
     facts: dict[str, Any] = {
         "formats": sorted(set(params.formats)),
-        "model": _model_facts(config),
+        "model": _model_facts(config, plain=params.backend == "optimum" and "onnx" in params.formats),
         "licence": params.licence or licence_of(source),
         **_history(params, ctx, source),
         "target": None if ctx.target is None else ctx.target.name,
@@ -101,7 +101,13 @@ def _check_formats(params: ExportParams, ctx: StageContext, config: dict[str, An
             f"target {ctx.target.name}", f"format {missing[0]}", f"one of {', '.join(ctx.target.formats)}"
         )
     precision = Precision() if params.backend == "optimum" else Precision.of_checkpoint(source, config)
-    check_fit(estimate(config, precision, ctx.target, _context(params, ctx)), ctx.target)
+    last = keeps_last(params)
+    check_fit(estimate(config, precision, ctx.target, _context(params, ctx), last_logits=last), ctx.target)
+
+
+def keeps_last(params: ExportParams) -> bool:
+    """Whether the graph gives a prompt's logits at its last position alone; optimum's never does."""
+    return params.last_logits and params.backend == "builder"
 
 
 def _context(params: ExportParams, ctx: StageContext) -> int | None:
@@ -149,7 +155,10 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         "onnx_bytes": sum(path.stat().st_size for path in ctx.out.glob("model.onnx*")),
         "read_per_token_bytes": report.read_per_token_bytes,
     }
-    return {"onnx": _onnx_facts(params, report), "parity": parity.facts()}
+    facts = _onnx_facts(params, report)
+    every, once = products(read_config(source), last_logits=keeps_last(params))
+    facts |= {"last_logits": keeps_last(params), "products_per_token": every, "products_per_prompt": once}
+    return {"onnx": facts, "parity": parity.facts()}
 
 
 def _writer(params: ExportParams) -> Callable[..., OnnxReport]:
@@ -196,8 +205,9 @@ def prompts(params: ExportParams, ctx: StageContext, source: Path, context: int)
     return kept
 
 
-def _model_facts(config: dict[str, Any]) -> dict[str, Any]:
-    quantization = config.get("quantization_config") or {}
+def _model_facts(config: dict[str, Any], *, plain: bool) -> dict[str, Any]:
+    """What ``bundle.json`` says of the model; ``plain``: the graph holds values where the checkpoint holds codes."""
+    quantization = {} if plain else config.get("quantization_config") or {}
     return {
         "architecture": architecture(config),
         "parameters": parameter_count(config),

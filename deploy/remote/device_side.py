@@ -32,6 +32,15 @@ def facts_of(path: Path) -> dict[str, Any] | None:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether ``folder`` holds a bundle: its bundle.json says so."""
+    try:
+        found = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "edgestill" in found
+
+
 def part_of(folder: Path, name: str) -> Path:
     """Where an unfinished copy of the file ``name`` lies."""
     return folder / f".{name}.part"
@@ -47,6 +56,8 @@ def look(folder: Path, names: list[str]) -> dict[str, Any]:
         "folder": str(folder),
         "free_bytes": shutil.disk_usage(near).free,
         "files": {name: facts_of(folder / name) for name in names},
+        "taken": [name for name in names if os.path.lexists(folder / name)],
+        "ours": is_bundle(folder),
         "parts": {name: facts_of(part_of(folder, name)) for name in names},
     }
 

@@ -43,11 +43,12 @@ class Remote:
     device: Device
     folder: str
     python: str = "python3"
+    chosen: bool = True  # by the user, who may keep files of other kinds there; else one of edgestill's own
 
     @property
     def tools(self) -> str:
         """The folder beside it for what edgestill runs there."""
-        return f"{self.folder}.tools"
+        return f"{self.folder}.edgestill-tools"
 
     @property
     def runner(self) -> str:
@@ -103,7 +104,8 @@ def copy_bundle(remote: Remote, bundle: Bundle, say: Callable[[str], None] = lam
     """Make the device's folder hold the bundle, every SHA-256 checked there.
 
     Raises:
-        TargetError: the device cannot be reached, has no Python, no runtime or not enough room.
+        TargetError: the device cannot be reached, has no Python, no runtime or not enough room, or other files lie
+            under the names of the bundle's in a folder that the user chose and that holds no bundle.
         EdgestillError: a copy broke off, or arrived damaged twice.
     """
     digests = {name: str(facts["sha256"]) for name, facts in bundle.shipped.items()}
@@ -112,6 +114,7 @@ def copy_bundle(remote: Remote, bundle: Bundle, say: Callable[[str], None] = lam
     found = remote.ask("look", digests)
     check_packages(remote, found, bundle)
     copied = Copied(kept=_right(found, digests))
+    _check_foreign(remote, found, [name for name in found["taken"] if name not in copied.kept])
     _check_room(remote, bundle, found, [name for name in digests if name not in copied.kept])
     for attempt in range(2):
         wrong = [name for name in digests if name not in _right(found, digests)]
@@ -131,6 +134,14 @@ def copy_bundle(remote: Remote, bundle: Bundle, say: Callable[[str], None] = lam
 
 def _right(found: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
     return [name for name, sha in digests.items() if (found["files"].get(name) or {}).get("sha256") == sha]
+
+
+def _check_foreign(remote: Remote, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse to write over files that no bundle brought."""
+    if names and remote.chosen and not found["ours"]:
+        got = f"{', '.join(names)} there would be overwritten, and no bundle.json of edgestill's lies beside"
+        do = "Give another --remote-folder, or remove them there"
+        raise TargetError(f"{remote.device.where} {found['folder']}", got, "a new folder, or one with a bundle", do)
 
 
 def _check_room(remote: Remote, bundle: Bundle, found: Mapping[str, Any], names: Sequence[str]) -> None:

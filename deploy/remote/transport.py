@@ -79,7 +79,16 @@ def open_device(place: Place, *, ssh_config: Path | None = None) -> Device:
     return Adb(place) if place.kind == "adb" else Local()
 
 
-def call(command: Sequence[str], *, timeout: float, stdin: IO[bytes] | None = None) -> Finished:
+GO_ON = "The same command goes on with what has arrived"
+
+
+def call(
+    command: Sequence[str],
+    *,
+    timeout: float,
+    stdin: IO[bytes] | None = None,
+    do: str = "Use fewer repeats or tokens",
+) -> Finished:
     """Run a program of this machine; without ``stdin`` its standard input is a pipe that stays open until it ends.
 
     Raises:
@@ -91,7 +100,7 @@ def call(command: Sequence[str], *, timeout: float, stdin: IO[bytes] | None = No
             list(command), stdin=read if stdin is None else stdin, capture_output=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise EdgestillError(command[0], f"not done after {timeout:g} s", do="Use fewer repeats or tokens") from error
+        raise EdgestillError(command[0], f"not done after {timeout:g} s", do=do) from error
     finally:
         os.close(read)
         os.close(write)
@@ -156,7 +165,8 @@ class Ssh:
         with source.open("rb") as data:
             data.seek(offset)
             os.lseek(data.fileno(), offset, os.SEEK_SET)  # the child reads the descriptor, not Python's buffer
-            done = self._reached(call([*self.command, "--", self.target, line], timeout=_time(source), stdin=data))
+            command = [*self.command, "--", self.target, line]
+            done = self._reached(call(command, timeout=_time(source), stdin=data, do=GO_ON))
         _sent(self.where, source, done)
 
     def folder(self, name: str) -> str:
@@ -207,14 +217,15 @@ class Adb:
                 shutil.copyfileobj(data, out)
             _sent(self.where, source, self._push(rest, f"{target}.rest"))
         put_on = f"cat {words([target + '.rest'])} >> {words([target])} && rm {words([target + '.rest'])}"
-        _sent(self.where, source, self._reached(call([*self.command, "shell", put_on], timeout=_time(source))))
+        done = call([*self.command, "shell", put_on], timeout=_time(source), do=GO_ON)
+        _sent(self.where, source, self._reached(done))
 
     def folder(self, name: str) -> str:
         """See `Device`."""
         return f"/data/local/tmp/edgestill/{name}"
 
     def _push(self, source: Path, target: str) -> Finished:
-        return self._reached(call([*self.command, "push", str(source), target], timeout=_time(source)))
+        return self._reached(call([*self.command, "push", str(source), target], timeout=_time(source), do=GO_ON))
 
     def _reached(self, done: Finished) -> Finished:
         lost = [line for line in done.stderr.splitlines() if _ADB_LOST.match(line)]
@@ -231,5 +242,4 @@ def _time(source: Path) -> float:
 
 def _sent(where: str, source: Path, done: Finished) -> None:
     if done.returncode:
-        do = "The same command goes on with what has arrived"
-        raise EdgestillError(where, f"the copy of {source.name} broke off ({done.last_line})", do=do)
+        raise EdgestillError(where, f"the copy of {source.name} broke off ({done.last_line})", do=GO_ON)

@@ -62,8 +62,8 @@ class Conversation:
     def tools(self) -> None:
         """The runner and the script that looks around are sent."""
         for source in (RUNNER, DEVICE_SIDE):
-            self.expect("shell", f"mkdir -p {FOLDER}.tools")
-            self.expect("push", str(source), f"{FOLDER}.tools/{source.name}", out=PUSHED)
+            self.expect("shell", f"mkdir -p {FOLDER}.edgestill-tools")
+            self.expect("push", str(source), f"{FOLDER}.edgestill-tools/{source.name}", out=PUSHED)
 
     def file(self, source: Path) -> None:
         """A whole file is sent under the name of an unfinished one."""
@@ -91,7 +91,7 @@ def digests(bundle: Path) -> dict[str, str]:
 def asked(action: str, bundle: Path) -> str:
     """The command by which the device is asked."""
     request = json.dumps({"folder": FOLDER, "files": digests(bundle)})
-    return words(["python3", f"{FOLDER}.tools/device_side.py", action, request])
+    return words(["python3", f"{FOLDER}.edgestill-tools/device_side.py", action, request])
 
 
 def seen(bundle: Path, *, right: bool, part: dict[str, Any] | None = None, **packages: Any) -> str:
@@ -106,6 +106,8 @@ def seen(bundle: Path, *, right: bool, part: dict[str, Any] | None = None, **pac
             "folder": FOLDER,
             "free_bytes": 10**10,
             "files": files if right else dict.fromkeys(names),
+            "taken": [*names] if right else [],
+            "ours": right,
             "parts": dict.fromkeys(names) | (part or {}),
         }
     )
@@ -125,7 +127,8 @@ def test_a_bundle_is_pushed_checked_and_measured(bundle: Path, talk: Conversatio
     for name in digests(bundle):
         talk.file(bundle / name)
     talk.expect("shell", asked("settle", bundle), out=seen(bundle, right=True))
-    run = f"python3 {FOLDER}.tools/run.py --bundle {FOLDER} --prompt-tokens 8 --new-tokens 4 --repeats 1 --warmup 1"
+    run = f"python3 {FOLDER}.edgestill-tools/run.py --bundle {FOLDER}"
+    run += " --prompt-tokens 8 --new-tokens 4 --repeats 1 --warmup 1"
     talk.expect("shell", f"{run} --bench --stop-on-eof --no-bandwidth", out=json.dumps(record) + "\n")
     found = bench_bundle(bundle, **short, threads=None, on=device_of(talk))
     assert talk.finished()
@@ -164,16 +167,16 @@ def test_a_broken_push_goes_on_with_the_rest(bundle: Path, talk: Conversation) -
     ],
 )
 def test_a_device_that_is_not_there_is_told(bundle: Path, talk: Conversation, line: str) -> None:
-    talk.expect("shell", f"mkdir -p {FOLDER}.tools", err=line + "\n", rc=1)
+    talk.expect("shell", f"mkdir -p {FOLDER}.edgestill-tools", err=line + "\n", rc=1)
     with pytest.raises(TargetError, match=r"adb://R58M: cannot be reached .*See: adb devices"):
         copy_bundle(Remote(device_of(talk).device, FOLDER), open_bundle(bundle))
     assert talk.finished()
 
 
 def test_a_push_that_fails_is_told_with_its_reason(bundle: Path, talk: Conversation) -> None:
-    talk.expect("shell", f"mkdir -p {FOLDER}.tools")
+    talk.expect("shell", f"mkdir -p {FOLDER}.edgestill-tools")
     full = "adb: error: failed to copy 'run.py' to 'x': remote couldn't write: No space left on device\n"
-    talk.expect("push", str(RUNNER), f"{FOLDER}.tools/run.py", err=full, rc=1)
+    talk.expect("push", str(RUNNER), f"{FOLDER}.edgestill-tools/run.py", err=full, rc=1)
     with pytest.raises(EdgestillError, match=r"the copy of run\.py broke off .*No space left on device") as caught:
         copy_bundle(Remote(device_of(talk).device, FOLDER), open_bundle(bundle))
     assert caught.value.exit_code == 1

@@ -45,6 +45,14 @@ def test_a_failure_of_the_measuring_process_is_told(monkeypatch: pytest.MonkeyPa
         measure_rates(1)
 
 
+@pytest.mark.parametrize("name", ["10", "1e3", "null", "yes", "desk"])
+def test_a_measured_target_has_its_name_and_takes_every_format(tmp_path: Path, name: str) -> None:
+    target = machine_target(doctor.machine(2), RATES, name, tmp_path)
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(target_text(target, RATES, RATES, when="2026-01-02", versions={}), encoding="utf-8")
+    assert (load_target(path).name, load_target(path).formats) == (name, ["onnx", "gptq", "gguf"])
+
+
 def test_the_target_of_a_machine_reads_back_as_it_was(tmp_path: Path) -> None:
     facts = doctor.machine(2)
     target = machine_target(facts, RATES, "desk", tmp_path)

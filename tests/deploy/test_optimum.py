@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from compress.errors import EdgestillError, TargetError, UserError
+from compress.model.checkpoint import read_config
 from deploy.export import optimum
-from deploy.export.stage import export
+from deploy.export.stage import _model_facts, export
 from deploy.params import ExportParams
 from deploy.targets import load_target
 from tests.deploy.tools import context
@@ -40,6 +41,25 @@ def test_a_missing_environment_says_how_to_make_it(
     monkeypatch.setenv(optimum.VARIABLE, str(tmp_path / "text"))
     with pytest.raises(UserError, match=r"text cannot be run \(Permission denied\)"):
         run(quantized, tmp_path / "out")
+
+
+def test_without_a_makefile_it_is_made_by_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    assert f"OPTIMUM := {' '.join(optimum.PACKAGES)}\n" in makefile
+    monkeypatch.setenv(optimum.VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setattr(optimum, "_MAKEFILE", tmp_path / "Makefile")
+    with pytest.raises(UserError) as caught:
+        optimum.interpreter()
+    assert "optimum/bin/pip install torch==" in str(caught.value)
+    assert "make " not in str(caught.value)
+    assert optimum.VARIABLE in str(caught.value)
+
+
+def test_a_graph_of_values_is_not_called_int4(quantized: Path) -> None:
+    config = read_config(quantized)
+    assert _model_facts(config, plain=False)["bits"] == 4
+    assert _model_facts(config, plain=True)["bits"] is None
+    assert _model_facts(config, plain=True)["group_size"] is None
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,9 @@ def test_energy_per_token_is_that_of_the_phase(tmp_path: Path) -> None:
     short = run._energy(meter, [once | {"prefill_s": 0.01}], lengths)
     assert short["prefill_j_per_token"] is None
     assert short["decode_j_per_token"] == 2.0
-    assert short["reason"] == "prefill took 0.01 s in all, and rapl tells nothing below 0.05 s"
+    uneven = run._energy(meter, [once, once | {"prefill_s": 0.01}], lengths)
+    assert uneven["prefill_j_per_token"] is None
+    assert short["reason"] == "prefill took 0.01 s in a repeat, and rapl tells nothing below 0.05 s"
 
 
 def test_temperatures_have_their_sensors_names(tmp_path: Path) -> None:

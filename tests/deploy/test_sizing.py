@@ -12,7 +12,7 @@ from compress.errors import TargetError
 from compress.model.checkpoint import read_config
 from compress.model.quantization.params import RtnParams
 from deploy import sizing
-from deploy.bundle import RUNNER, bundle_bytes, open_bundle
+from deploy.bundle import RUNNER, Bundle, bundle_bytes, open_bundle
 from deploy.export.onnx import OnnxOptions, write_onnx
 from deploy.export.tokenizer import write_tokenizer
 from deploy.sizing import Precision
@@ -122,3 +122,25 @@ def test_fewer_bits_and_shorter_contexts_never_need_more(bits: int) -> None:
     assert narrow.bundle_bytes < wide.bundle_bytes
     assert narrow.peak_memory_bytes < wide.peak_memory_bytes
     assert narrow.decode_tokens_per_s > wide.decode_tokens_per_s
+
+
+def test_only_products_count_and_the_last_position_once(quantized: Path) -> None:
+    config = read_config(quantized)
+    hidden, ffn, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    every, once = sizing.products(config, last_logits=True)
+    assert once == vocabulary * hidden + 3 * hidden * ffn
+    assert sizing.products(config, last_logits=False) == (every + once, 0)
+    assert sizing.products(config | {"tie_word_embeddings": False}, last_logits=True) == (every, once)
+
+
+def test_logits_of_every_position_take_memory(bundle: Path) -> None:
+    opened, target = open_bundle(bundle), load_target("raspberry-pi-5")
+    assert opened.info["onnx"]["last_logits"] is True
+    last = sizing.estimate_of_bundle(opened, target, 200, 150)
+    facts = dict(opened.info["onnx"]) | {"last_logits": False}
+    every = sizing.estimate_of_bundle(Bundle(bundle, dict(opened.info) | {"onnx": facts}), target, 200, 150)
+    vocabulary = int(opened.model["vocabulary"])
+    assert every.peak_memory_bytes - last.peak_memory_bytes == pytest.approx(4 * vocabulary * 149, abs=1)
+    older = {key: value for key, value in facts.items() if key not in ("last_logits", "products_per_token")}
+    found = sizing.estimate_of_bundle(Bundle(bundle, dict(opened.info) | {"onnx": older}), target, 200, 150)
+    assert found.peak_memory_bytes == last.peak_memory_bytes

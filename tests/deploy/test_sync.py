@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from compress import cli
-from compress.errors import EdgestillError
+from compress.errors import EdgestillError, TargetError
 from deploy.bench import OnDevice, bench_bundle, remote_of
 from deploy.bundle import BUNDLE_FILE, open_bundle
 from deploy.remote import device_side
 from deploy.remote.sync import Remote, copy_bundle
-from deploy.remote.transport import Finished, Local, call
+from deploy.remote.transport import GO_ON, Finished, Local, call
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -60,6 +61,7 @@ def test_a_file_of_the_bundle_cannot_pass_for_a_module(bundle: Path, tmp_path: P
     """What lies in the bundle's folder is data: neither a json.py nor another run.py there is ever run."""
     there = tmp_path / "there"
     there.mkdir()
+    shutil.copy(bundle / BUNDLE_FILE, there)
     for name in ("json.py", "numpy.py", "run.py"):
         (there / name).write_text("raise SystemExit('run!')", encoding="utf-8")
     on = OnDevice(Local(), sys.executable, str(there))
@@ -72,10 +74,26 @@ def test_links_on_the_device_are_not_followed(bundle: Path, tmp_path: Path) -> N
     there, outside = tmp_path / "there", tmp_path / "outside"
     there.mkdir()
     outside.write_bytes((bundle / "model.onnx").read_bytes())
+    shutil.copy(bundle / BUNDLE_FILE, there)
     (there / "model.onnx").symlink_to(outside)
     copied = copy_bundle(Remote(Local(), str(there), sys.executable), open_bundle(bundle))
     assert "model.onnx" in copied.sent
     assert not (there / "model.onnx").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["run.py", "model.onnx", "bundle.json"])
+def test_the_users_own_files_are_not_overwritten(bundle: Path, tmp_path: Path, name: str) -> None:
+    there, beside = tmp_path / "project", tmp_path / "project.tools"
+    for folder in (there, beside):
+        folder.mkdir()
+        (folder / name).write_text('{"mine": 1}', encoding="utf-8")
+    remote = remote_of(OnDevice(Local(), sys.executable, str(there)), open_bundle(bundle))
+    with pytest.raises(TargetError, match=f"{name} there would be overwritten"):
+        copy_bundle(remote, open_bundle(bundle))
+    assert content(there) == content(beside) == {name: b'{"mine": 1}'}
+    (there / name).write_bytes((bundle / name).read_bytes())  # what is right already is no one else's
+    copy_bundle(remote, open_bundle(bundle))
+    assert content(there) == content(bundle)
 
 
 def test_settling_keeps_what_is_right_and_drops_what_is_wrong(tmp_path: Path) -> None:
@@ -96,8 +114,10 @@ def test_an_answer_that_is_no_answer_is_told(bundle: Path, tmp_path: Path, monke
 
 
 def test_a_command_that_does_not_end_is_stopped() -> None:
-    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s"):
+    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s.*fewer repeats"):
         call([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5)
+    with pytest.raises(EdgestillError, match=r"not done after 0\.5 s.*goes on with what has arrived"):
+        call([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.5, do=GO_ON)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +131,7 @@ def test_a_command_that_does_not_end_is_stopped() -> None:
         (["--on", "ssh://h", "--remote-folder", "/a/../etc"], "--remote-folder: got '/a/../etc'"),
         (["--on", "ssh://h", "--remote-folder", "/"], "--remote-folder: got '/'"),
         (["--on", "ssh://h", "--remote-folder", "/a\nb"], "--remote-folder: got"),
+        (["--on", "adb://R58M", "--remote-folder", "~/x"], "--remote-folder: got '~/x', and adb has no home"),
         (["--on", "ssh://h", "--ssh-config", "/none"], "--ssh-config: no file /none"),
     ],
 )

@@ -101,4 +101,10 @@ def test_a_machine_that_is_not_the_target_is_told_from_it() -> None:
              "system": "Linux aarch64"}  # fmt: skip
     assert unlike(load_target("raspberry-pi-5"), board) == []
     assert unlike(load_target("raspberry-pi-5"), board | {"cpu": "aarch64"}) == []  # a board that does not say
+    fifty = board | {"cpu": "Raspberry Pi 50"}
+    assert len(unlike(load_target("raspberry-pi-5"), fifty)) == 1
+    phone = {"cpu": "Qualcomm Technologies, Inc SM8550", "cores": 8, "system": "Linux aarch64",
+             "instruction_sets": ["asimd", "asimdhp", "asimddp", "i8mm", "bf16"]}  # fmt: skip
+    assert unlike(load_target("android-arm64"), phone) == []
+    assert len(unlike(load_target("android-arm64"), phone | {"cpu": "Qualcomm SM8250 at 2.8"})) == 1  # 8 and 2 are none
     assert unlike(target, board)[0] == "it is aarch64, not x86_64"
