@@ -2,8 +2,8 @@
 
     python benchmarks/assistant_bits.py .edgestill [--bits 2 3 4] [--seeds 3] [--rows 1000] [--calibration]
 
-Takes the pruned student and the rows of a finished quickstart from the store. Exact match is over the first test rows: the
-answer that greedy decoding would write. With ``--calibration`` GPTQ alone is run with rows from the end of the data
+Takes the pruned student and the rows of a finished quickstart from the store. Exact match is over the first test rows:
+the answer that greedy decoding would write. With ``--calibration`` GPTQ alone is run with rows from the end of the data
 half, with rows of the raw pool and with answers dealt to other requests: does it matter where calibration comes from?
 """
 
