@@ -65,8 +65,11 @@ def round_to_nearest(params: RtnParams, ctx: StageContext) -> StageResult:
     return streaming.finish(job, parts)
 
 
-def solve(step: Step, params: GptqParams) -> dict[str, Solved]:
-    """Quantize the linears of a step by GPTQ; those of one kind as one matrix, since they share inputs and factor."""
+def solve(step: Step, params: GptqParams, *, compare: bool = True) -> dict[str, Solved]:
+    """Quantize the linears of a step by GPTQ; those of one kind as one matrix, since they share inputs and factor.
+
+    ``compare`` puts their errors beside those of rounding to nearest, which takes a rounding of its own.
+    """
     kinds: dict[LinearSpec, list[str]] = {}
     for path, spec in step.specs.items():
         kinds.setdefault(spec, []).append(path)
@@ -89,8 +92,10 @@ def solve(step: Step, params: GptqParams) -> dict[str, Solved]:
             layer = QuantizedLinear(codes[rows], scales[rows], zero_points[rows], g_idx.clone())
             given = {"damp_frac": result.damp_frac, "retries": result.retries}
             given |= {"fell_back": result.fell_back, "dead": result.dead}
-            weight = step.weights[path]
-            report = {"linear": path} | errors(weight, layer, step.moment, rounded(weight, spec, params))
+            report: Report = {"linear": path}
+            if compare:
+                weight = step.weights[path]
+                report |= errors(weight, layer, step.moment, rounded(weight, spec, params))
             found[path] = Solved(layer, report | given)
             at = rows.stop
     return {path: found[path] for path in step.specs}

@@ -54,25 +54,11 @@ class Check:
         own, other = self.stream.final_norm(), self.stream.final_norm()
         if norm is not None:
             other.load_state_dict({"weight": norm})
-        sums = torch.zeros(3, dtype=torch.float64)
-        count = 0
-        for batch, before, after in zip(self.batches, self.before, self.after, strict=True):
-            targets = batch.answer[:, 1:].bool()  # what stands at t is predicted at t - 1
-            wanted = batch.input_ids[:, 1:][targets]
-            old, new = own(before)[:, :-1][targets], other(after)[:, :-1][targets]  # (targets, hidden)
-            for at in range(0, len(wanted), _CHUNK):
-                part = slice(at, at + _CHUNK)
-                p, q = (old[part] @ plain.T).log_softmax(-1), (new[part] @ quantized.T).log_softmax(-1)
-                ids = wanted[part].unsqueeze(1)
-                divergence = (p.exp() * (p - q)).sum(dim=-1)
-                losses = (-p.gather(1, ids), -q.gather(1, ids), divergence)
-                sums += torch.stack([loss.double().sum() for loss in losses])
-            count += len(wanted)
-        mean = (sums / max(count, 1)).tolist()
+        states = (self.before, self.after)
+        mean, count = _means(self.batches, states, norms=(own, other), heads=(plain, quantized))
         return {"loss_before": mean[0], "loss": mean[1], "kl": mean[2], "checked_tokens": count}
 
 
-@torch.no_grad()
 def mean_divergence(
     norm: nn.Module,
     given: Sequence[Batch],
@@ -84,15 +70,34 @@ def mean_divergence(
 
     ``before`` and ``after`` hold the last hidden states (B, T, hidden) of each batch.
     """
-    total, count = 0.0, 0
-    for batch, old, new in zip(given, before, after, strict=True):
-        targets = batch.answer[:, 1:].bool()
-        pair = [norm(states)[:, :-1][targets] for states in (old, new)]
-        for at in range(0, len(pair[0]), _CHUNK):
-            p, q = ((states[at : at + _CHUNK] @ head.T).log_softmax(-1) for states in pair)
-            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        count += len(pair[0])
-    return total / max(count, 1)
+    mean, _ = _means(given, (before, after), norms=(norm, norm), heads=(head, head))
+    return mean[2]
+
+
+@torch.no_grad()
+def _means(
+    given: Sequence[Batch],
+    states: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    *,
+    norms: tuple[nn.Module, nn.Module],
+    heads: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[list[float], int]:
+    """Return both losses and the KL from the first to the second, means over the target tokens, and their number."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    count = 0
+    for batch, before, after in zip(given, *states, strict=True):
+        targets = batch.answer[:, 1:].bool()  # what stands at t is predicted at t - 1
+        wanted = batch.input_ids[:, 1:][targets]
+        old, new = norms[0](before)[:, :-1][targets], norms[1](after)[:, :-1][targets]  # (targets, hidden)
+        for at in range(0, len(wanted), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            p, q = (old[part] @ heads[0].T).log_softmax(-1), (new[part] @ heads[1].T).log_softmax(-1)
+            ids = wanted[part].unsqueeze(1)
+            divergence = (p.exp() * (p - q)).sum(dim=-1)
+            losses = (-p.gather(1, ids), -q.gather(1, ids), divergence)
+            sums += torch.stack([loss.double().sum() for loss in losses])
+        count += len(wanted)
+    return (sums / max(count, 1)).tolist(), count
 
 
 def bits_per_weight(

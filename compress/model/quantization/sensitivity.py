@@ -8,9 +8,7 @@ rest of the plain model, and gives nats per token. One layer is in memory at a t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +21,7 @@ from compress.model.quantization.layout import LinearSpec
 from compress.model.quantization.measuring import mean_divergence
 from compress.model.quantization.packing import dequantize
 from compress.model.quantization.streaming import Job, Solver, Step
+from compress.model.quantization.writing import save_json
 
 PARTS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -76,7 +75,7 @@ def measure(
                     variants = dict(_variants(stream, solver, (index, layer), steps, seen, part=(part, kinds)))
                     for key, after in _all_through(stream, variants, index + 1).items():
                         costs[key] = mean_divergence(stream.final_norm(), check, final, after, head)
-                _save(path, costs)
+                save_json(costs, path)
             for key, cost in json.loads(path.read_text(encoding="utf-8")).items():
                 part, _, option = key.partition("/")
                 found.setdefault(part, {})[option] = cost
@@ -126,10 +125,3 @@ def _all_through(stream: BlockStream, variants: Mapping[str, Hidden], start: int
 
 def _through(stream: BlockStream, states: Hidden, start: int) -> Hidden:
     return _all_through(stream, {"": states}, start)[""]
-
-
-def _save(path: Path, costs: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(costs), encoding="utf-8")
-    os.replace(partial, path)

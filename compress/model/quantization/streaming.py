@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,15 @@ from compress.model.quantization.packing import QuantizedLinear, dequantize
 from compress.model.quantization.params import GptqParams, RtnParams
 from compress.model.quantization.rotation import Rotated, rotate_checkpoint
 from compress.model.quantization.rtn import NF3, round_to_nearest
-from compress.model.quantization.writing import OUTER_FILE, Parts, Report, outer_tensors, save_tensors, write_folder
+from compress.model.quantization.writing import (
+    OUTER_FILE,
+    Parts,
+    Report,
+    outer_tensors,
+    save_json,
+    save_tensors,
+    write_folder,
+)
 
 CHECK_TOKENS = 8192  # tokens on which loss and divergence of the result are measured
 
@@ -236,9 +243,7 @@ class _Pass:
         head = embedding if layout.tied else outer_values(outer[HEAD], plain)
         self.parts.save_outer(outer, reports)
         found = check.end(plain, head)
-        partial = done.with_suffix(".partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(partial, done)
+        save_json(found, done)
         return found
 
     def block(self, index: int, layer: nn.Module, states: States, weights: Sequence[torch.Tensor]) -> None:
@@ -246,16 +251,19 @@ class _Pass:
 
         ``layer`` then has the quantized weights.
         """
-        untouched = copy.deepcopy(layer) if len(states) > 1 else None
         if self.parts.has(index):
+            for plain in states[1:]:
+                self.advance(layer, plain)
             self.parts.load(index, layer)
             self.advance(layer, states[0])
-        else:
-            found = {} if self.prepare is None else self.prepare(index, layer, states[0], weights)
-            done, reports = self.linears(index, layer, states, weights)
-            self.parts.save(index, layer, done, [report | found.get(report["linear"], {}) for report in reports])
+            return
+        # a prepared layer gives the plain states what this one gives, but for rounding: they go through this one
+        untouched = copy.deepcopy(layer) if self.prepare is not None and len(states) > 1 else None
+        found = {} if self.prepare is None else self.prepare(index, layer, states[0], weights)
+        done, reports = self.linears(index, layer, states, weights)
         if untouched is not None:
             self.advance(untouched, states[1])
+        self.parts.save(index, layer, done, [report | found.get(report["linear"], {}) for report in reports])
 
     def advance(self, layer: nn.Module, hidden: list[torch.Tensor]) -> None:
         """Take ``hidden`` through ``layer`` in place, one batch after the other."""
@@ -267,7 +275,7 @@ class _Pass:
     ) -> tuple[dict[str, QuantizedLinear], list[Report]]:
         """Quantize the seven linears: each step on what the quantized steps before it put out, or all at once.
 
-        The quantized states are taken through the layer, the plain ones are left where they are.
+        The states are taken through the layer; the plain ones stay where they are if the layer was prepared.
         """
         done: dict[str, QuantizedLinear] = {}
         reports: list[Report] = []
@@ -300,7 +308,7 @@ class _Pass:
             for names, inputs in walk:
                 yield names, (second_moment(inputs, weights), None)
             return
-        beside = self.job.stream.walk(copy.deepcopy(layer), list(plain[0]))
+        beside = self.job.stream.walk(copy.deepcopy(layer), plain[0] if self.prepare is None else list(plain[0]))
         for (names, inputs), (_, wanted) in zip(walk, beside, strict=True):
             yield names, paired_moments(inputs, wanted, weights)
 

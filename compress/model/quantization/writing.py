@@ -158,6 +158,14 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, *, note: str |
     os.replace(partial, path)
 
 
+def save_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write ``value`` under another name first, as `save_tensors` does; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(partial, path)
+
+
 def join(parts: Sequence[Path], path: Path) -> None:
     """Write one safetensors file with all tensors of ``parts``, byte by byte, so that none is ever held in memory.
 
