@@ -19,7 +19,7 @@ from compress.model.quantization.layout import PLAIN
 from compress.model.quantization.packing import dequantize
 from compress.model.quantization.params import AwqParams
 from compress.model.quantization.rtn import round_to_nearest
-from compress.model.quantization.streaming import Job, Solved, Step, calibration_rows, grid_of, open_job, rounded
+from compress.model.quantization.streaming import Job, Solved, Step, calibration_rows, grid_of, open_job
 from compress.model.quantization.writing import Report
 
 SCORING = (".q_proj", ".k_proj")  # the linears whose outputs say which positions are attended to
@@ -61,7 +61,7 @@ def scaled(
         return dequantize(*round_to_nearest(weight, group_size=spec.group_size, **grid_of(spec, 0)))
 
     def measured() -> Iterator[tuple[tuple[str, ...], torch.Tensor, torch.Tensor]]:
-        for names, inputs in job.stream.walk(layer, list(hidden)):
+        for names, inputs in job.stream.walk(layer, list(hidden), bf16=job.bf16):
             if any(specs[linear_path(index, name)].bits != PLAIN for name in names):
                 yield names, *size_and_moment(inputs, weights)
 
@@ -84,6 +84,6 @@ def solve(step: Step, params: AwqParams) -> dict[str, Solved]:
             layer = round_clipped(weight, step.moment, group_size=spec.group_size, **grid)
         else:
             layer = round_to_nearest(weight, group_size=spec.group_size, **grid)
-        report = {"linear": path} | gptq_stage.errors(weight, layer, step.moment, rounded(weight, spec, params))
-        found[path] = Solved(layer, report)
+        share = gptq_stage.output_share(weight, layer, step.moment)
+        found[path] = Solved(layer, {"linear": path, "error": share})
     return found

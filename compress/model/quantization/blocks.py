@@ -7,6 +7,7 @@ Knows nothing of quantization, rows or stages.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from compress.model.checkpoint import quiet_transformers, weight_files
 from compress.model.layers import decoder_layers
 
 Inputs = Iterator[torch.Tensor]
+HELD_BYTES = 1 << 29  # of the widest inputs of a layer, kept rather than made twice
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -71,9 +73,10 @@ class BlockStream:
         return padded
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states after ``layer``."""
-        return self.forward(layer, hidden)
+    def run(self, layer: nn.Module, hidden: torch.Tensor, *, bf16: bool = False) -> torch.Tensor:
+        """Return the hidden states after ``layer``; with ``bf16`` its products, though not its sums, are in bf16."""
+        with _products(bf16):
+            return self.forward(layer, hidden)
 
     def forward(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """`run`, with gradients."""
@@ -82,37 +85,48 @@ class BlockStream:
         return cast(torch.Tensor, output)
 
     @torch.no_grad()
-    def walk(self, layer: nn.Module, hidden: list[torch.Tensor]) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+    def walk(
+        self, layer: nn.Module, hidden: list[torch.Tensor], *, bf16: bool = False
+    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Take ``hidden`` (one entry per batch) through ``layer`` in four steps, in place.
 
         Each step yields the names of linears and what they are about to be given, one tensor per batch, made as it
         is asked for. The weights of these linears may be changed before the walk goes on: the next step sees it.
-        The same operations in the same order as `run`, and attention only once.
+        The same operations in the same order as `run`, and attention only once; so too the feed-forward part where
+        what goes into its last linear has at most `HELD_BYTES`.
         """
         parts = cast(Any, layer)
         yield ("q_proj", "k_proj", "v_proj"), (parts.input_layernorm(values) for values in hidden)
-        heads = [self._heads(layer, values) for values in hidden]
+        heads = [self._heads(layer, values, bf16) for values in hidden]
         yield ("o_proj",), iter(heads)
         for i in range(len(hidden)):
-            hidden[i] = hidden[i] + parts.self_attn.o_proj(heads[i])
+            with _products(bf16):
+                hidden[i] = hidden[i] + parts.self_attn.o_proj(heads[i])
             heads[i] = heads[i].new_empty(0)  # both lists are never held whole at once
         yield ("gate_proj", "up_proj"), (parts.post_attention_layernorm(values) for values in hidden)
-        yield ("down_proj",), (_into_down(parts.mlp, parts.post_attention_layernorm(values)) for values in hidden)
+        inner = [_into_down(parts, hidden[0], bf16)]
+        if sum(len(values) * values.shape[1] for values in hidden) * inner[0][0, 0].nbytes <= HELD_BYTES:
+            inner += [_into_down(parts, values, bf16) for values in hidden[1:]]
+        rest = hidden[len(inner) :]
+        yield ("down_proj",), itertools.chain(inner, (_into_down(parts, values, bf16) for values in rest))
         for i, values in enumerate(hidden):
-            hidden[i] = values + parts.mlp(parts.post_attention_layernorm(values))
+            given = inner[i] if i < len(inner) else _into_down(parts, values, bf16)
+            with _products(bf16):
+                hidden[i] = values + parts.mlp.down_proj(given)
 
-    def _heads(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def _heads(self, layer: nn.Module, hidden: torch.Tensor, bf16: bool) -> torch.Tensor:
         """Return what o_proj is given: the heads' outputs side by side (B, T, heads * head size)."""
         parts, found = cast(Any, layer), []
         hook = parts.self_attn.o_proj.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
         try:
             positions, embedded = self._positions(hidden)
-            parts.self_attn(
-                hidden_states=parts.input_layernorm(hidden),
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=embedded,
-            )
+            with _products(bf16):
+                parts.self_attn(
+                    hidden_states=parts.input_layernorm(hidden),
+                    attention_mask=None,
+                    position_ids=positions,
+                    position_embeddings=embedded,
+                )
         finally:
             hook.remove()
         return cast(torch.Tensor, found[0])
@@ -150,9 +164,16 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
         return cast(torch.Tensor, file.get_tensor(name))
 
 
-def _into_down(mlp: Any, normed: torch.Tensor) -> torch.Tensor:
+def _into_down(parts: Any, hidden: torch.Tensor, bf16: bool) -> torch.Tensor:
     """Return what down_proj is given."""
-    return cast(torch.Tensor, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+    normed = parts.post_attention_layernorm(hidden)
+    with _products(bf16):
+        return cast(torch.Tensor, parts.mlp.act_fn(parts.mlp.gate_proj(normed)) * parts.mlp.up_proj(normed))
+
+
+def _products(bf16: bool) -> torch.autocast:
+    """Return the context in which matrix products run in bf16, or in the format of what they are given."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
 
 
 def _skeleton(config: Any) -> PreTrainedModel:

@@ -28,7 +28,6 @@ class GptqResult:
 
     Attributes:
         layer: codes, scales, zero points and the group of each input.
-        loss: mean squared output error summed over the outputs, tr(D H D') with D the weight error.
         damp_frac: damping used, as a fraction of the Hessian's mean diagonal.
         retries: how often the damping had to be raised tenfold before the Hessian could be inverted.
         fell_back: True when no damping helped and the matrix was rounded to nearest.
@@ -37,7 +36,6 @@ class GptqResult:
     """
 
     layer: QuantizedLinear
-    loss: float
     damp_frac: float
     retries: int = 0
     fell_back: bool = False
@@ -75,8 +73,7 @@ def gptq_quantize(
     grid: dict[str, Any] = {"bits": bits, "sym": sym, "clip_steps": clip_steps, "levels": levels}
     if factor is None:
         layer = round_to_nearest(work, group_size=group_size, **grid)
-        loss = output_error(work, layer, hessian)
-        return GptqResult(layer, loss, damp_frac=used, retries=retries, fell_back=True, dead=dead)
+        return GptqResult(layer, damp_frac=used, retries=retries, fell_back=True, dead=dead)
     sweep = _Sweep(factor.to(work.dtype), groups, grid)
     sweep.run(work[:, order].T.contiguous(), block_size=block_size)
     codes = torch.empty_like(sweep.codes)
@@ -84,13 +81,13 @@ def gptq_quantize(
     g_idx = torch.empty_like(groups)
     g_idx[order] = groups
     layer = QuantizedLinear(codes.T.contiguous(), sweep.scales, sweep.zero_points, g_idx)
-    return GptqResult(layer, output_error(work, layer, hessian), damp_frac=used, retries=retries, dead=dead)
+    return GptqResult(layer, damp_frac=used, retries=retries, dead=dead)
 
 
 def output_error(weight: torch.Tensor, layer: QuantizedLinear, hessian: torch.Tensor) -> float:
     """Return tr(D H D'), the mean squared change of the outputs, for D = quantized - ``weight`` (out, in)."""
-    change = dequantize(*layer).double() - weight.double()
-    return float(((change @ hessian.double()) * change).sum())
+    change = dequantize(*layer).to(weight.dtype) - weight
+    return float(((change @ hessian.to(weight.dtype)) * change).sum(dtype=torch.float64))
 
 
 def processing_order(

@@ -65,11 +65,8 @@ def round_to_nearest(params: RtnParams, ctx: StageContext) -> StageResult:
     return streaming.finish(job, parts)
 
 
-def solve(step: Step, params: GptqParams, *, compare: bool = True) -> dict[str, Solved]:
-    """Quantize the linears of a step by GPTQ; those of one kind as one matrix, since they share inputs and factor.
-
-    ``compare`` puts their errors beside those of rounding to nearest, which takes a rounding of its own.
-    """
+def solve(step: Step, params: GptqParams) -> dict[str, Solved]:
+    """Quantize the linears of a step by GPTQ; those of one kind as one matrix, since they share inputs and factor."""
     kinds: dict[LinearSpec, list[str]] = {}
     for path, spec in step.specs.items():
         kinds.setdefault(spec, []).append(path)
@@ -92,21 +89,13 @@ def solve(step: Step, params: GptqParams, *, compare: bool = True) -> dict[str, 
             layer = QuantizedLinear(codes[rows], scales[rows], zero_points[rows], g_idx.clone())
             given = {"damp_frac": result.damp_frac, "retries": result.retries}
             given |= {"fell_back": result.fell_back, "dead": result.dead}
-            report: Report = {"linear": path}
-            if compare:
-                weight = step.weights[path]
-                report |= errors(weight, layer, step.moment, rounded(weight, spec, params))
+            report: Report = {"linear": path, "error": output_share(step.weights[path], layer, step.moment)}
             found[path] = Solved(layer, report | given)
             at = rows.stop
     return {path: found[path] for path in step.specs}
 
 
-def errors(
-    weight: torch.Tensor, layer: QuantizedLinear, moment: torch.Tensor, nearest: QuantizedLinear
-) -> dict[str, float]:
-    """Return the error of the outputs as a share of their power, beside that of rounding to nearest."""
-    power = max(float(((weight.double() @ moment) * weight.double()).sum()), 1e-30)
-    return {
-        "error": output_error(weight, layer, moment) / power,
-        "error_rtn": output_error(weight, nearest, moment) / power,
-    }
+def output_share(weight: torch.Tensor, layer: QuantizedLinear, moment: torch.Tensor) -> float:
+    """Return the mean squared change of the outputs on inputs of second ``moment``, as a share of their power."""
+    power = float(((weight @ moment.to(weight.dtype)) * weight).sum(dtype=torch.float64))
+    return output_error(weight, layer, moment) / max(power, 1e-30)

@@ -33,10 +33,27 @@ def second_moment(inputs: Iterable[torch.Tensor], weights: Sequence[torch.Tensor
     """
     total = torch.zeros(1, 1, dtype=torch.float64)
     for values, weight in zip(inputs, weights, strict=True):
-        used = weight > 0
-        rows = values[used] * weight[used].sqrt().unsqueeze(1)  # (n, in)
-        total = total + (rows.T @ rows).double()
+        total = total + _gram(_weighted(values, weight)).double()
     return total / max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+
+
+def _weighted(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the positions (n, in) fp32 of ``values`` (B, T, in) that weigh anything, times the root of ``weight``."""
+    flat = weight.flatten()
+    used = flat.nonzero().squeeze(1)
+    return values.flatten(0, 1).index_select(0, used).float() * flat[used].sqrt().unsqueeze(1)
+
+
+def _gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows' rows (in, in), exactly symmetric: what lies left of the diagonal's blocks is mirrored."""
+    width = rows.shape[1]
+    size = max(64, -(-width // 4))  # four blocks do 5/8 of the whole product's work
+    found = rows.new_empty(width, width)
+    for at in range(0, width, size):
+        block = slice(at, at + size)
+        found[block, at:] = rows[:, block].T @ rows[:, at:]
+        found[at + size :, block] = found[block, at + size :].T
+    return found
 
 
 def size_and_moment(
@@ -48,7 +65,7 @@ def size_and_moment(
     def summed() -> Iterator[torch.Tensor]:
         nonlocal sizes
         for values, weight in zip(inputs, weights, strict=True):
-            sizes = sizes + (values.abs() * weight.unsqueeze(-1)).sum(dim=(0, 1)).double()
+            sizes = sizes + (values.float().abs() * weight.unsqueeze(-1)).sum(dim=(0, 1)).double()
             yield values
 
     moment = second_moment(summed(), weights)
@@ -62,17 +79,13 @@ def paired_moments(
 
     Arguments as those of `second_moment`; both streams are read in step.
     """
-    cross = torch.zeros(1, 1, dtype=torch.float64)
-
-    def watched() -> Iterable[torch.Tensor]:
-        nonlocal cross
-        for values, others, weight in zip(inputs, wanted, weights, strict=True):
-            root = weight[weight > 0].sqrt().unsqueeze(1)
-            cross = cross + ((others[weight > 0] * root).T @ (values[weight > 0] * root)).double()
-            yield values
-
-    moment = second_moment(watched(), weights)
-    return moment, cross / max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+    moment = cross = torch.zeros(1, 1, dtype=torch.float64)
+    for values, others, weight in zip(inputs, wanted, weights, strict=True):
+        rows = _weighted(values, weight)
+        moment = moment + _gram(rows).double()
+        cross = cross + (_weighted(others, weight).T @ rows).double()
+    whole = max(float(sum(weight.double().sum() for weight in weights)), 1e-12)
+    return moment / whole, cross / whole
 
 
 def corrected(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, *, damp_frac: float) -> torch.Tensor:

@@ -46,7 +46,7 @@ def quantize(params: MixedParams, ctx: StageContext) -> StageResult:
     rows = calibration_rows(job, params)
     costs = sensitivity.measure(
         job,
-        lambda step: solve(step, params, compare=False),
+        lambda step: solve(step, params),
         rows.draws[0],
         _few(rows, params.sensitivity_tokens),
         options,

@@ -96,6 +96,11 @@ class GptqParams(RtnParams):
         le=1,
         description="weight of the positions that predict no target, against 1 for those that do",
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="number format of the calibration's products; auto: bf16 where the machine has it and the model is "
+        "wide enough to gain",
+    )
 
 
 class AwqParams(GptqParams):
@@ -228,9 +233,6 @@ class QatParams(GptqParams):
     validation_rows: int = Field(default=128, ge=0, description="held-out rows at most")
     validations: int = Field(default=4, ge=1, description="how often the held-out loss is taken")
     keep: Literal["best", "last"] = Field(default="best", description="which weights are kept")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number format of the training; auto: as in model.distillation.logits"
-    )
 
     @model_validator(mode="after")
     def _has_a_grid(self) -> QatParams:

@@ -128,8 +128,8 @@ def start_codes(step: Step, params: QatParams) -> dict[str, Solved]:
                 sym=spec.sym,
                 steps=0 if unclipped else CLIP_STEPS,
             )
-        nearest = rounded(weight, spec, params)
-        found[path] = Solved(layer, {"linear": path} | gptq_stage.errors(weight, layer, step.moment, nearest))
+        share = gptq_stage.output_share(weight, layer, step.moment)
+        found[path] = Solved(layer, {"linear": path, "error": share})
     return found
 
 

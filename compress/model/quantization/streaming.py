@@ -24,6 +24,8 @@ from compress.encoding import load_tokenizer, token_rows
 from compress.errors import ModelError
 from compress.model.calibration import Batch, TokenIds, padded, sample
 from compress.model.checkpoint import check_folder, parameter_count, read_config
+from compress.model.distillation.resume import kept_choice
+from compress.model.distillation.settings import choose_bf16
 from compress.model.layers import linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
 from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
@@ -55,6 +57,7 @@ class Job:
     stream: BlockStream
     layout: Layout
     notes: Sequence[str] = ()
+    bf16: bool = False  # the number format of the products that only calibration sees
 
     def parts(self, name: str) -> Parts:
         """Where the finished layers of the pass ``name`` lie."""
@@ -117,7 +120,15 @@ def open_job(params: RtnParams, ctx: StageContext) -> Job:
     layout = choose(config, params, where=ctx.name)
     for note in notes + layout.notes:
         ctx.progress.say(f"{ctx.name}: {note}")
-    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout, notes)
+    return Job(params, ctx, BlockStream(source, config, ffn=layout.ffn), layout, notes, _bf16(params, ctx, config))
+
+
+def _bf16(params: RtnParams, ctx: StageContext, config: Mapping[str, Any]) -> bool:
+    """Return whether calibration runs in bf16; a resumed run keeps to what it began with."""
+    if not isinstance(params, GptqParams):
+        return False
+    choice = choose_bf16(params.precision, width=int(config["hidden_size"]), training=False, device="cpu")
+    return kept_choice(ctx.work / "precision.json", choice)
 
 
 def _told(turned: Rotated, params: RtnParams) -> str:
@@ -268,7 +279,7 @@ class _Pass:
     def advance(self, layer: nn.Module, hidden: list[torch.Tensor]) -> None:
         """Take ``hidden`` through ``layer`` in place, one batch after the other."""
         for i, values in enumerate(hidden):
-            hidden[i] = self.job.stream.run(layer, values)
+            hidden[i] = self.job.stream.run(layer, values, bf16=self.job.bf16)
 
     def linears(
         self, index: int, layer: nn.Module, states: States, weights: Sequence[torch.Tensor]
@@ -303,12 +314,13 @@ class _Pass:
         self, layer: nn.Module, hidden: list[torch.Tensor], plain: States, weights: Sequence[torch.Tensor]
     ) -> Iterator[tuple[Sequence[str], Moments]]:
         """Walk ``hidden`` through ``layer``, in step with the ``plain`` states through a copy of it as it is now."""
-        walk = self.job.stream.walk(layer, hidden)
+        walk = self.job.stream.walk(layer, hidden, bf16=self.job.bf16)
         if not plain:
             for names, inputs in walk:
                 yield names, (second_moment(inputs, weights), None)
             return
-        beside = self.job.stream.walk(copy.deepcopy(layer), plain[0] if self.prepare is None else list(plain[0]))
+        states = plain[0] if self.prepare is None else list(plain[0])
+        beside = self.job.stream.walk(copy.deepcopy(layer), states, bf16=self.job.bf16)
         for (names, inputs), (_, wanted) in zip(walk, beside, strict=True):
             yield names, paired_moments(inputs, wanted, weights)
 

@@ -23,7 +23,7 @@ from compress.errors import DataError, ModelError
 from compress.model.calibration import Batch
 from compress.model.checkpoint import check_folder, load_model, parameter_count, read_config
 from compress.model.layers import decoder_layers, embedding, linears, output_head
-from compress.model.quantization import gptq_stage, streaming
+from compress.model.quantization import blocks, gptq_stage, streaming
 from compress.model.quantization.blocks import EMBEDDING, BlockStream
 from compress.model.quantization.gptq import gptq_quantize
 from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
@@ -120,6 +120,33 @@ def test_the_folder_opens_and_computes_what_its_codes_say(arch: str, tied: bool,
     assert result.metrics["parameters"] == parameter_count(read_config(source))
     assert len(result.metrics["layers"]) == 14 + (not tied)
     assert result.metrics["kl"] < 0.05
+
+
+def test_what_is_made_twice_and_what_is_held_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    quantize(tmp_path, source, "held")
+    monkeypatch.setattr(blocks, "HELD_BYTES", 0)
+    quantize(tmp_path, source, "twice")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("held", "twice")]
+    assert files[0] == files[1]
+
+
+def test_calibration_in_bf16_changes_little(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    stream = BlockStream(source, read_config(source))
+    ids = torch.randint(5, 320, (3, 17), generator=torch.Generator().manual_seed(0))
+    plain = torch.nn.functional.embedding(ids, stream.tensor(EMBEDDING))
+    layer = stream.layer(0)
+    exact, short = stream.run(layer, plain), stream.run(layer, plain, bf16=True)
+    assert short.dtype == torch.float32  # what is added up stays whole
+    assert 0 < float((short - exact).norm() / exact.norm()) < 0.01
+    walked = [plain]
+    steps = [(names, list(inputs)) for names, inputs in stream.walk(layer, walked, bf16=True)]
+    assert torch.equal(walked[0], short)
+    assert [inputs[0].dtype for _, inputs in steps][1::2] == [torch.bfloat16] * 2
+    found = {kind: quantize(tmp_path, source, kind, precision=kind).metrics for kind in ("fp32", "bf16")}
+    assert found["fp32"]["layers"] != found["bf16"]["layers"]
+    assert found["bf16"]["kl"] == pytest.approx(found["fp32"]["kl"], rel=0.2)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -240,7 +267,19 @@ def test_rounding_needs_no_data_and_is_plain_rounding(tmp_path: Path) -> None:
 def test_gptq_beats_rounding_at_every_linear_together(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model")
     reports = quantize(tmp_path, source, bits=3).metrics["layers"]
-    assert sum(report["error"] for report in reports) < 0.9 * sum(report["error_rtn"] for report in reports)
+    params, ctx = GptqParams(**(QUICK | {"bits": 3})), context(tmp_path, source, out="nearest")
+    job = streaming.open_job(params, ctx)
+
+    def nearest(step: streaming.Step) -> dict[str, streaming.Solved]:
+        found = {}
+        for path, weight in step.weights.items():
+            layer = streaming.rounded(weight, step.specs[path], params)
+            error = gptq_stage.output_share(weight, layer, step.moment)
+            found[path] = streaming.Solved(layer, {"linear": path, "error": error})
+        return found
+
+    plain = streaming.run(job, nearest, streaming.calibration_rows(job, params), prompt_weight=1.0).metrics["layers"]
+    assert sum(report["error"] for report in reports) < 0.9 * sum(report["error"] for report in plain)
     assert not any(report["fell_back"] for report in reports)
 
 
