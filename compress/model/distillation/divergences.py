@@ -81,9 +81,10 @@ def cakld_terms(at: Buckets, numbers: Numbers) -> Pair:
 
     With the teacher's mean confidence as c it is the CAKLD of Du et al. 2024 (BitDistiller, arXiv:2402.10631).
     """
-    ahead, back, share = forward_terms(at, numbers), reverse_terms(at, numbers), numbers.number
-    one, other = ((1.0 - share) * first + share * second for first, second in zip(ahead, back, strict=True))
-    return one, other
+    share = numbers.number
+    gap, ahead, back = at.log_p - at.log_q, (1.0 - share) * at.p, share * at.q
+    terms = (ahead - back).mul_(gap)
+    return terms, gap.sub_(1.0).mul_(back).add_(ahead).neg_()
 
 
 def jsd_terms(at: Buckets, numbers: Numbers) -> Pair:

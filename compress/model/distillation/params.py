@@ -65,7 +65,7 @@ class LogitsParams(Params):
         "forward_kl",
         description="of teacher and student: forward_kl is KL(teacher, student), reverse_kl the other way round, "
         "cakld both by reverse_share, jsd Jensen-Shannon by beta, skew_kl and skew_reverse_kl those against a mixture "
-        "by skew, skew_pair the first in text of the teacher and the second in the student's; logs always tell forward_kl",
+        "by skew, skew_pair the first in the teacher's text and the second in the student's; logs tell forward_kl too",
     )
     beta: float | None = Field(
         None, ge=0, le=1, description="of jsd: 0 is forward_kl, 1 reverse_kl (default: 0.5, symmetric)"

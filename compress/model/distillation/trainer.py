@@ -101,7 +101,7 @@ class DistillationModel(nn.Module):
             logits=self.logits,
             marks=Marks(batch.counts, batch.own),
         )
-        return parts if extra is None else LossParts(parts.loss + extra, parts.ce, parts.kl)
+        return parts if extra is None else LossParts(parts.loss + extra.to(parts.loss.dtype), parts.ce, parts.kl)
 
     def _features(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, Tensor]:
         """Last hidden states, and the loss on what lies before them; see `features`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +24,14 @@ from compress.model.distillation.losses import (
     fused_loss,
     log_softmax_at,
 )
+from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import DivergenceName
+from compress.model.distillation.targets import OnlineTargets
+from compress.model.distillation.trainer import DistillationModel
 from tests.model.distillation.test_losses import H, N, V, draw, labels, top_k
 from tests.reference import distillation as reference
 from tests.reference import divergences as loops
+from tests.tiny import VOCAB, tiny_model, tiny_token_rows
 
 NUMBERS = {"cakld": 0.3, "jsd": 0.7, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "skew_pair": 0.1}
 CASES = [(name, NUMBERS.get(name, 0.0)) for name in DIVERGENCES] + [("jsd", 0.5), ("skew_kl", 0.6)]
@@ -276,6 +281,21 @@ def test_the_pair_takes_each_half_in_its_own_text():
     alone = combined(student, labels(), targets, LossWeights(0.5, divergence="skew_pair", number=0.1))
     plain = combined(student, labels(), targets, LossWeights(0.5, divergence="skew_kl", number=0.1))
     assert all(torch.equal(one, other) for one, other in zip(alone, plain, strict=True))
+
+
+def test_the_trainers_model_hands_the_marks_on():
+    student, teacher = tiny_model(seed=1), OnlineTargets(tiny_model(seed=9, scale=0.3), vocab=VOCAB)
+    rows = tiny_token_rows(2, tokens=(6, 10))
+    table = RowTable(rows, vocab=VOCAB, own={rows[1].id})
+
+    def loss(name, *picked):
+        batch = table.batch(np.array(picked))
+        module = DistillationModel(student, LossWeights(1.0, divergence=name, number=0.1), VOCAB)
+        return module(batch, teacher(batch)).loss.item()
+
+    expected = loss("skew_kl", 0) + loss("skew_reverse_kl", 1)
+    assert loss("skew_pair", 0, 1) == pytest.approx(expected, rel=1e-5)
+    assert loss("skew_kl", 0, 1) != pytest.approx(expected, rel=1e-2)
 
 
 # -- adaptive skew ----------------------------------------------------------------------------------------------------
