@@ -108,7 +108,7 @@ def read_features(
 
 
 def feature_loss(student: Features, teacher: Features, projections: Projections, weights: LossWeights) -> Tensor:
-    """Weighted sum of both losses over the positions, mean over layers (and heads), fp64; autograd differentiates it."""
+    """Weighted sum of both losses over the positions, mean over layers (and heads), fp64; autograd can follow it."""
     total = (student.hidden or student.attention)[0].new_zeros((), dtype=torch.float64)
     for one, other, matrix in zip(student.hidden, teacher.hidden, projections.maps, strict=True):
         total = total + weights.hidden_weight / len(student.hidden) * hidden_loss(one @ matrix.T, other).sum()
