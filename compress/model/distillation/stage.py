@@ -59,6 +59,8 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
         table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
+        if params.divergence == "skew_pair" and table.own is None:
+            notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
         check_rows_fit(table, configs, where=ctx.name)
         before = count_parameters(teacher)
         target_fn: TargetFn | None = None
