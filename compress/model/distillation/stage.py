@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from compress.context import StageContext, StageResult
 from compress.encoding import ids_of_source, load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
@@ -63,18 +65,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
             notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
         check_rows_fit(table, configs, where=ctx.name)
         before = count_parameters(teacher)
-        target_fn: TargetFn | None = None
-        figures: dict[str, Any] = {}
-        share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
-        settings = train_settings(params, ctx.seed, share)
-        if settings.loss.wants_teacher:
-            named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
-            target_fn, figures = teacher_targets(
-                teacher, table, params, named=named, folder=cache, progress=ctx.progress
-            )
-            figures |= {} if share is None else {"confidence": share}
-        if settings.loss.wants_features:
-            target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
+        settings, target_fn, figures = _lesson(params, ctx, teacher, student, table, tokenizer)
         log = ctx.work / TRAINING_LOG
         with projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
@@ -84,6 +75,27 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     save_model(student, ctx.out, tokenizer_from=start or folder, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
+
+
+def _lesson(  # noqa: PLR0917 - both models, and what they see
+    params: LogitsParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    table: RowTable,
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[TrainSettings, TargetFn | None, dict[str, Any]]:
+    """What the trainer is told, the teacher's side of it, and figures about that."""
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
+    settings = train_settings(params, ctx.seed, share)
+    if not settings.loss.wants_teacher:
+        return settings, None, {}
+    named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
+    target_fn, figures = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+    if settings.loss.wants_features:
+        target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
+    return settings, target_fn, figures if share is None else figures | {"confidence": share}
 
 
 def train_settings(params: LogitsParams, seed: int, confidence: float | None = None) -> TrainSettings:
