@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from compress.context import StageContext, StageResult
-from compress.encoding import load_tokenizer, token_rows
+from compress.encoding import ids_of_source, load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
+from compress.model.distillation.confidence import confidence
+from compress.model.distillation.features import feature_targets, projected
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
@@ -55,19 +59,17 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         configs = teacher.config.to_dict(), student.config.to_dict()
         own = tokenizer if start is None else load_tokenizer(start)
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
-        table = RowTable(rows, vocab=vocab, where=ctx.name)
+        written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
+        table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
+        if params.divergence == "skew_pair" and table.own is None:
+            notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
         check_rows_fit(table, configs, where=ctx.name)
         before = count_parameters(teacher)
-        target_fn: TargetFn | None = None
-        figures: dict[str, Any] = {}
-        if params.kd_weight:
-            named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
-            target_fn, figures = teacher_targets(
-                teacher, table, params, named=named, folder=cache, progress=ctx.progress
-            )
-        del teacher  # with cached targets this frees its memory before training
+        settings, target_fn, figures = _lesson(params, ctx, teacher, student, table, tokenizer)
         log = ctx.work / TRAINING_LOG
-        report = train(student, target_fn, table, train_settings(params, ctx.seed), ctx, log, vocab=vocab)
+        with projected(student, teacher, settings.loss, seed=ctx.seed):
+            del teacher  # with cached targets this frees its memory before training
+            report = train(student, target_fn, table, settings, ctx, log, vocab=vocab)
     figures |= {"parameters": count_parameters(student), "parameters_teacher": before}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or folder, metadata=metadata | {"training": _lasting(report)})
@@ -75,10 +77,43 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
 
 
-def train_settings(params: LogitsParams, seed: int) -> TrainSettings:
-    """What the trainer is told."""
+def _lesson(  # noqa: PLR0917 - both models, and what they see
+    params: LogitsParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    table: RowTable,
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[TrainSettings, TargetFn | None, dict[str, Any]]:
+    """What the trainer is told, the teacher's side of it, and figures about that."""
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
+    settings = train_settings(params, ctx.seed, share)
+    if not settings.loss.wants_teacher:
+        return settings, None, {}
+    named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
+    target_fn, figures = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+    if settings.loss.wants_features:
+        target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
+    return settings, target_fn, figures if share is None else figures | {"confidence": share}
+
+
+def train_settings(params: LogitsParams, seed: int, confidence: float | None = None) -> TrainSettings:
+    """What the trainer is told; ``confidence`` is the teacher's, where the divergence's number is to be that."""
+    number = params.number if confidence is None else confidence
     return TrainSettings(
-        loss=LossWeights(params.kd_weight, params.temperature, params.label_smoothing),
+        loss=LossWeights(
+            params.kd_weight,
+            params.temperature,
+            params.label_smoothing,
+            divergence=params.divergence,
+            number=0.0 if number is None else number,
+            adaptive=params.adaptive_skew,
+            student_weight=params.student_weight,
+            hidden_weight=params.hidden_weight,
+            attention_weight=params.attention_weight,
+            feature_layers=params.feature_layers,
+        ),
         epochs=params.epochs,
         steps=params.steps,
         batch_tokens=params.batch_tokens,
