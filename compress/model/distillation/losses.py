@@ -3,8 +3,8 @@
 `cross_entropy`, `forward_kl` and `reverse_kl` take logits and return (loss, d loss / d logits) in closed form;
 `fused_loss` takes hidden states at the kept positions and the output head, and runs them in chunks of positions, so
 that the matrix positions x vocabulary never exists whole. A teacher's target is `Dense` (all log-probabilities),
-`Sparse` (top k and the mass of the rest) or `States` (its hidden states, turned into `Dense` chunk by chunk). Knows
-nothing of models, rows, caches or optimizers.
+`Sparse` (top k and the mass of the rest), `Sampled` (a few draws) or `States` (its hidden states, turned into `Dense`
+chunk by chunk). Knows nothing of models, rows, caches or optimizers.
 
 Shapes: N kept positions, V vocabulary that the tokenizer can produce, K cached entries, H width. Units: nats.
 """
@@ -18,7 +18,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
 from compress.model.distillation.kernels import low
+from compress.model.distillation.sampled import Sampled, kl_at
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cache of a server, small beside a model
 
@@ -26,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cach
 class Targets(Protocol):
     """What the teacher says at N positions; `narrow` gives the part that a chunk of positions needs."""
 
-    def narrow(self, start: int, stop: int) -> Dense | Sparse: ...
+    def narrow(self, start: int, stop: int) -> Dense | Sparse | Sampled: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     return loss, grad
 
 
-def forward_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def forward_kl(logits: Tensor, targets: Dense | Sparse | Sampled, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """KL(teacher || student at ``temperature``): loss (N,), gradient with respect to ``logits`` (N, V).
 
     The teacher's log-probabilities must have been taken at the same temperature.
     """
     scaled = logits if temperature == 1.0 else logits / temperature
-    loss, grad = _kl_dense(scaled, targets) if isinstance(targets, Dense) else _kl_sparse(scaled, targets)
+    if isinstance(targets, Sampled):
+        loss, grad = kl_at(scaled, torch.logsumexp(scaled, dim=-1, keepdim=True), targets, 1.0)
+    else:
+        loss, grad = _kl_dense(scaled, targets) if isinstance(targets, Dense) else _kl_sparse(scaled, targets)
     return loss, grad if temperature == 1.0 else grad / temperature
 
 
@@ -179,15 +184,21 @@ def reverse_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 
 
 
 def mixed_kl(
-    logits: Tensor, targets: Dense | Sparse, *, reverse_share: float, temperature: float = 1.0
+    logits: Tensor, targets: Dense | Sparse | Sampled, *, reverse_share: float, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence of `LossWeights` (N,), KL(teacher || student) (N,), and the divergence's gradient (N, V).
 
     At the shares 0 and 1 it is one of the two alone, bit for bit.
+
+    Raises:
+        ModelError: any but KL(teacher || student) towards draws: it is not linear in the teacher's probabilities, so
+            its mean over draws is something else, and without bound where a token was not drawn.
     """
     kl, grad = forward_kl(logits, targets, temperature=temperature)
     if reverse_share == 0.0:
         return kl, kl, grad
+    if isinstance(targets, Sampled):
+        raise ModelError("codec", "sample, with KL(student || teacher)", "KL(teacher || student)", "Set codec: topk")
     back, back_grad = reverse_kl(logits, targets, temperature=temperature)
     if reverse_share == 1.0:
         return back, kl, back_grad
@@ -196,7 +207,12 @@ def mixed_kl(
 
 
 def combined(
-    logits: Tensor, labels: Tensor, targets: Dense | Sparse | None, weights: LossWeights, *, with_grad: bool = True
+    logits: Tensor,
+    labels: Tensor,
+    targets: Dense | Sparse | Sampled | None,
+    weights: LossWeights,
+    *,
+    with_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The mix of `LossWeights`: (loss, ce, kl), each (N,), and the gradient (N, V), ``None`` when not asked for."""
     if targets is None or weights.kd_weight == 0.0:
@@ -218,7 +234,7 @@ def combined(
 
 
 def _combined_at_one(
-    logits: Tensor, labels: Tensor, targets: Dense | Sparse, weights: LossWeights
+    logits: Tensor, labels: Tensor, targets: Dense | Sparse | Sampled, weights: LossWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`combined` at temperature 1, where both losses share one softmax: half the passes over the logits.
 
@@ -236,6 +252,8 @@ def _combined_at_one(
         finite = targets.logprobs.clamp_min(torch.finfo(logits.dtype).min)
         kl = (teacher * (finite - (logits - lse))).sum(dim=-1)
         grad = (logits - lse).exp_().sub_(teacher, alpha=share)
+    elif isinstance(targets, Sampled):
+        kl, grad = kl_at(logits, lse, targets, share)
     else:
         kl, grad = _sparse_at_one(logits, lse, targets, share)
     step = (1.0 - share) * (1.0 - smoothing)
