@@ -7,6 +7,7 @@ the training's state) lies in the work folder. Knows nothing of profiles or of t
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from compress.context import StageContext, StageResult
@@ -18,14 +19,9 @@ from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.students import start_student
-from compress.model.distillation.targets import (
-    TargetFn,
-    check_rows_fit,
-    local_folder,
-    shared_vocabulary,
-    teacher_targets,
-)
+from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import TrainReport, threads, train
+from compress.model.distillation.voices import Lesson, heard, targets_of
 from compress.model.shapes import shape_of
 
 TRAINING_LOG = "training.jsonl"
@@ -41,38 +37,53 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    folder = local_folder(ctx.teacher.folder, where=ctx.name)
-    check_folder(folder)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)
-    tokenizer = load_tokenizer(folder)
+    if params.kd_weight:
+        heard(params, ctx)  # refused before anything is loaded
+    home = _home(ctx, start)
+    tokenizer = load_tokenizer(home)
     rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=params.max_tokens, truncate=params.truncate)
     rows = [row.learning(params.learn) for row in rows]
     with threads(ctx.threads):
-        teacher = load_model(folder)
+        teacher = load_model(home)
         student, notes = start_student(teacher, rows, params, checkpoint=start, seed=ctx.seed, where=ctx.name)
         configs = teacher.config.to_dict(), student.config.to_dict()
         own = tokenizer if start is None else load_tokenizer(start)
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         table = RowTable(rows, vocab=vocab, where=ctx.name)
         check_rows_fit(table, configs, where=ctx.name)
-        before = count_parameters(teacher)
         target_fn: TargetFn | None = None
         figures: dict[str, Any] = {}
+        if ctx.teacher.folder is not None:
+            figures["parameters_teacher"] = count_parameters(teacher)
         if params.kd_weight:
-            named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
-            target_fn, figures = teacher_targets(
-                teacher, table, params, named=named, folder=cache, progress=ctx.progress
-            )
+            lesson = Lesson(table, [row.id for row in rows], tokenizer)
+            target_fn, more = targets_of(params, ctx, lesson, teacher)
+            figures |= more
         del teacher  # with cached targets this frees its memory before training
         log = ctx.work / TRAINING_LOG
         report = train(student, target_fn, table, train_settings(params, ctx.seed), ctx, log, vocab=vocab)
-    figures |= {"parameters": count_parameters(student), "parameters_teacher": before}
+    figures["parameters"] = count_parameters(student)
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
-    save_model(student, ctx.out, tokenizer_from=start or folder, metadata=metadata | {"training": _lasting(report)})
+    save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
+
+
+def _home(ctx: StageContext, start: Path | None) -> Path:
+    """The folder whose tokenizer makes the rows: the teacher's, or the student's own where an endpoint teaches it.
+
+    Raises:
+        ModelError: the teacher has no weights at hand and there is no student to go on from.
+    """
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    if ctx.teacher.folder is None and start is not None:
+        return start
+    folder = local_folder(ctx.teacher.folder, where=ctx.name)
+    check_folder(folder)
+    return folder
 
 
 def train_settings(params: LogitsParams, seed: int) -> TrainSettings:

@@ -271,13 +271,14 @@ def local_folder(folder: Path | None, *, where: str) -> Path:
     """The folder of a teacher that must be at hand as weights.
 
     Raises:
-        ModelError: the teacher is an endpoint or a recording.
+        ModelError: the teacher is a recording, or an endpoint where a model is needed.
     """
     if folder is None:
         raise ModelError(
             where,
             "the teacher is not a local model, and distillation on logits needs all its log-probabilities",
-            "a teacher given as a model folder",
+            "a teacher given as a model folder; an endpoint can teach alone, and only a student that is there already "
+            "(init: checkpoint) or that a local teacher gives its shape (mixture: {NAME: 1})",
         )
     return folder
 
