@@ -233,5 +233,6 @@ def _error_body(error: urllib.error.HTTPError) -> bytes:
 
 
 def excerpt(content: bytes) -> str:
+    """The beginning of a reply for a message, on one line."""
     text = " ".join(content[:400].decode("utf-8", errors="replace").split())
     return (text[:160] + " ...") if len(text) > 160 else (text or "(empty)")

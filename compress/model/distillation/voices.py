@@ -34,13 +34,12 @@ from compress.model.distillation.targets import (
     shared_vocabulary,
     teacher_targets,
 )
+from compress.names import OWN_TEACHER
 from compress.teachers import EndpointTeacher, Teacher
 
 if TYPE_CHECKING:
     from compress.context import StageContext
     from compress.model.distillation.params import LogitsParams
-
-OWN = "teacher"  # how a mixture calls the profile's own teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def heard(params: LogitsParams, ctx: StageContext) -> dict[str, Teacher]:
         ModelError: a teacher among several is not a local model, or one alone is neither that nor an endpoint.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    known = {OWN: ctx.teacher, **ctx.teachers}
+    known = {OWN_TEACHER: ctx.teacher, **ctx.teachers}
     for name in params.voices:
         if name not in known:
             raise UserError(
@@ -99,7 +98,7 @@ def targets_of(
 
 def _model(name: str, teacher: Teacher, lesson: Lesson, ctx: StageContext, own: PreTrainedModel) -> PreTrainedModel:
     """The model of one teacher, whose vocabulary must be that of the rows."""
-    if name == OWN:
+    if name == OWN_TEACHER:
         return own
     where = f"{ctx.name}.mixture.{name}"
     folder = local_folder(teacher.folder, where=where)
