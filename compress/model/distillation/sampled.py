@@ -55,7 +55,7 @@ def draw(logprobs: Tensor, offsets: Tensor, samples: int) -> Drawn:
     up or down, so that tokens of probability 1 / S or more are never missed and the variance is smaller.
     """
     vocab = logprobs.shape[1]
-    cumulative = logprobs.double().exp_().cumsum(dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
     steps = torch.arange(samples, dtype=torch.float64, device=logprobs.device)
     places = (steps + offsets.to(steps)[:, None]) / samples * total  # (N, S), rising
