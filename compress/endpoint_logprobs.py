@@ -99,12 +99,14 @@ class PromptScorer:
         body |= {"prompt_logprobs": self.top_k} if form == "prompt_logprobs" else {"echo": True, "logprobs": self.top_k}
         read = _by_id if form == "prompt_logprobs" else _by_text
         found = self.client.ask("completions", body, lambda content: self._read(read, content, len(ids)))
-        fewest = min((len(place) for place in found), default=self.top_k)
-        if fewest < self.top_k:
+        # tokens of one text are one entry: by text a place may tell of fewer, but with a limit every place does
+        sizes = [len(place) for place in found] or [self.top_k]
+        told = min(sizes) if form == "prompt_logprobs" else max(sizes)
+        if told < self.top_k:
             raise UserError(
                 self.client.url,
-                f"the server gives {fewest} log-probabilities of a token, and top_k is {self.top_k}",
-                do=f"Lower top_k to {fewest}, or raise the server's limit (vLLM: --max-logprobs)",
+                f"the server gives {told} log-probabilities of a token, and top_k is {self.top_k}",
+                do=f"Lower top_k to {told}, or raise the server's limit (vLLM: --max-logprobs)",
             )
         return found
 
