@@ -18,6 +18,7 @@ from compress.errors import UserError
 from compress.progress import Bar
 
 Form = Literal["prompt_logprobs", "echo"]
+Ids = Sequence[int]
 FORMS: tuple[Form, ...] = ("prompt_logprobs", "echo")
 ABOVE_ONE = 0.01  # by how much rounding may lift a sum of probabilities
 
@@ -98,7 +99,7 @@ class PromptScorer:
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
         body |= {"prompt_logprobs": self.top_k} if form == "prompt_logprobs" else {"echo": True, "logprobs": self.top_k}
         read = _by_id if form == "prompt_logprobs" else _by_text
-        found = self.client.ask("completions", body, lambda content: self._read(read, content, len(ids)))
+        found = self.client.ask("completions", body, lambda content: self._read(read, content, ids))
         # tokens of one text are one entry: by text a place may tell of fewer, but with a limit every place does
         sizes = [len(place) for place in found] or [self.top_k]
         told = min(sizes) if form == "prompt_logprobs" else max(sizes)
@@ -110,7 +111,7 @@ class PromptScorer:
             )
         return found
 
-    def _read(self, read: Callable[[Any, int], list[Place]], content: bytes, tokens: int) -> list[Place]:
+    def _read(self, read: Callable[[Any, Ids], list[Place]], content: bytes, ids: Ids) -> list[Place]:
         """The places of a reply.
 
         Raises:
@@ -118,7 +119,7 @@ class PromptScorer:
             UserError: the server counts other tokens than were sent.
         """
         try:
-            found = read(json.loads(content)["choices"][0], tokens)
+            found = read(json.loads(content)["choices"][0], ids)
         except _NotThisForm as error:
             if self.form is None:
                 raise
@@ -126,7 +127,7 @@ class PromptScorer:
         except _Count as error:
             raise UserError(
                 self.client.url,
-                f"the server tells of {error} tokens where {tokens} were sent",
+                f"the server tells of {error} tokens where {len(ids)} were sent",
                 "a server that takes token ids as they are",
                 "Check that it serves the model whose tokenizer made the rows, and that it cuts no prompt",
             ) from error
@@ -143,19 +144,24 @@ class _Count(Exception):
     """Another number of tokens than was sent; internal."""
 
 
-def _by_id(choice: dict[str, Any], tokens: int) -> list[Place]:
+def _by_id(choice: dict[str, Any], ids: Ids) -> list[Place]:
     """The form of vLLM: a list with one mapping of token ids per token, nothing for the first."""
     listed = choice.get("prompt_logprobs")
     if listed is None:
         raise _NotThisForm("the reply has no prompt_logprobs")
-    if len(listed) != tokens:
+    if len(listed) != len(ids):
         raise _Count(len(listed))
-    return [Place(None, {int(name): float(entry["logprob"]) for name, entry in place.items()}) for place in listed[1:]]
+    found = []
+    for token, place in zip(ids[1:], listed[1:], strict=True):
+        text = place.get(str(token), {}).get("decoded_token")
+        values = {int(name): float(entry["logprob"]) for name, entry in place.items()}
+        found.append(Place(text if isinstance(text, str) else None, values))
+    return found
 
 
-def _by_text(choice: dict[str, Any], tokens: int) -> list[Place]:
+def _by_text(choice: dict[str, Any], ids: Ids) -> list[Place]:
     """The older form of OpenAI: parallel lists over the prompt and, behind it, what was generated."""
-    told = choice.get("logprobs")
+    told, tokens = choice.get("logprobs"), len(ids)
     if not told or told.get("top_logprobs") is None:
         raise _NotThisForm("the reply has no top_logprobs")
     texts, given, top = told["tokens"], told["token_logprobs"], told["top_logprobs"]

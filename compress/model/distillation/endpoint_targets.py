@@ -45,7 +45,11 @@ class Spelling:
         before = len(self._decoded([anchor]))
         behind = [self._decoded([anchor, token])[before:] for token in ids]
         raw = [piece or "" for piece in self.tokenizer.convert_ids_to_tokens(list(ids))]
-        return [behind, raw, [self._decoded([token]) for token in ids]]
+        return [behind, raw, [self.alone(token) for token in ids]]
+
+    def alone(self, token: int) -> str:
+        """A token's text with nothing before it."""
+        return self._decoded([token])
 
     def _decoded(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -78,6 +82,11 @@ class Spelling:
 def _same(ours: str, told: str) -> bool:
     """Whether a server may have meant the token that we write ``ours``; parts of a character have many spellings."""
     return ours == told or BROKEN in ours or told.startswith(BY_NUMBER)
+
+
+def _alike(ours: str, told: str) -> bool:
+    """Whether two texts are the same but for space around them, or one says nothing."""
+    return BROKEN in ours + told or not told.strip() or ours.strip() == told.strip()
 
 
 def endpoint_targets(
@@ -143,17 +152,22 @@ def _style(spelling: Spelling, ids: Sequence[Sequence[int]], said: Sequence[Sequ
             if place.text is not None
         }
     )
-    style = spelling.style_of(pairs)
-    if style is None:
-        behind = spelling.styles[0]
-        token, text = next(((t, text) for t, text in pairs if not _same(behind[t], text)), pairs[0])
-        raise UserError(
-            url,
-            f"the server writes token {token} as {text!r}, and the tokenizer of the rows as {behind[token]!r}",
-            "one tokenizer on both sides",
-            "Serve the model whose tokenizer the student has",
-        )
-    return style
+    if any(place.by_text for places in said for place in places):
+        style = spelling.style_of(pairs)
+        if style is not None:
+            return style
+        wrong = [(token, text) for token, text in pairs if not _same(spelling.styles[0][token], text)]
+    else:  # ids are sure, and the texts beside them depend on what stands before; most must be right all the same
+        wrong = [(token, text) for token, text in pairs if not _alike(spelling.alone(token), text)]
+        if 2 * len(wrong) <= len(pairs):
+            return 0
+    token, text = (wrong or pairs)[0]
+    raise UserError(
+        url,
+        f"the server writes token {token} as {text!r}, and the tokenizer of the rows as {spelling.alone(token)!r}",
+        "one tokenizer on both sides",
+        "Serve the model whose tokenizer the student has",
+    )
 
 
 def coded_places(asked: Sequence[tuple[int, Place]], spelling: Spelling, style: int, *, top_k: int) -> Coded:

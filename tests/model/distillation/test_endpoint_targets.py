@@ -48,16 +48,20 @@ def table():
     return RowTable(ROWS, vocab=VOCAB)
 
 
-def by_number(model, body):
+def by_number(model, body, write=None):
     """What vLLM says: one mapping of ids per token of the prompt, the given token always among them."""
     ids = body["prompt"]
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
     listed: list[Any] = [None]
+
+    def beside(token):
+        return {} if write is None else {"decoded_token": write(token)}
+
     for at, token in enumerate(ids[1:]):
         best = logprobs[at].topk(min(body["prompt_logprobs"], 40)).indices.tolist()
         chosen = dict.fromkeys([*best, token])
-        listed.append({str(n): {"logprob": float(logprobs[at, n]), "decoded_token": "?"} for n in chosen})
+        listed.append({str(n): {"logprob": float(logprobs[at, n]), **beside(n)} for n in chosen})
     return {"choices": [{"text": "x", "prompt_logprobs": listed}]}
 
 
@@ -318,6 +322,12 @@ def test_another_tokenizer_is_refused(serve, ask, tokenizer, model):
     teacher, _ = serve(answer)
     with pytest.raises(UserError, match=r"the server writes token \d+ as .*, and the tokenizer of the rows as"):
         ask(teacher)
+    right = Spelling(tokenizer, VOCAB).alone
+    teacher, _ = serve(lambda handler, body, number: by_number(model, body, lambda n: " " + right(n)))
+    ask(teacher, place="right")
+    teacher, _ = serve(lambda handler, body, number: by_number(model, body, lambda n: right((n + 1) % VOCAB)))
+    with pytest.raises(UserError, match=r"the server writes token \d+ as .*, and the tokenizer of the rows as"):
+        ask(teacher, place="wrong")
 
 
 def test_a_server_that_tells_nothing_of_given_tokens_is_refused(serve, ask):
