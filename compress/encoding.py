@@ -145,6 +145,22 @@ def row_values(folder: Path, column: str) -> dict[str, Any]:
     return found
 
 
+def ids_of_source(folder: Path, source: str) -> frozenset[str]:
+    """Ids of the rows of a data artifact that came from ``source``.
+
+    Raises:
+        DataError: no artifact, or no such row.
+    """
+    from compress.data.rows import read_rows  # pyarrow loads on use
+
+    rows = read_rows(folder)
+    found = frozenset(row.id for row in rows if row.source == source)
+    if not found:
+        named = ", ".join(sorted({row.source for row in rows})[:8])
+        raise DataError(str(folder), f"no row of source {source!r}", f"one of its sources: {named}")
+    return found
+
+
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids of ``messages`` with the generation prompt behind them.
 

@@ -202,6 +202,7 @@ STAGES: tuple[Stage, ...] = (
         "qat",
         "compress.model.quantization.params:QatParams",
         "compress.model.quantization.qat_stage:quantize",
+        version=2,
         reads=("data", "model"),
         writes="model",
         uses=("teacher?",),

@@ -11,7 +11,7 @@ Knows nothing of models, teachers or losses.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,7 @@ class Batch:
         rows: (B,) int64, which rows of the table these are.
         counts: (B,) int64, targets of each row; they add up to N.
         tokens: real tokens, padding not counted.
+        own: (B,) bool, rows whose answer the student wrote; ``None``: no such row.
     """
 
     input_ids: Tensor
@@ -58,13 +59,14 @@ class Batch:
     rows: Tensor
     counts: Tensor
     tokens: int
+    own: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; ``rows`` and ``counts`` stay where they are, they are for look-up."""
+        """The same batch on ``device``; what tells of rows stays where it is, for look-up."""
         if device.type == "cpu":
             return self
         ids, keep, labels = (tensor.to(device) for tensor in (self.input_ids, self.keep, self.labels))
-        return Batch(ids, keep, labels, self.rows, self.counts, self.tokens)
+        return Batch(ids, keep, labels, self.rows, self.counts, self.tokens, self.own)
 
 
 class RowTable:
@@ -73,8 +75,10 @@ class RowTable:
     ``counts[r]`` is its number of targets. The first token is never a target: nothing stands before it.
     """
 
-    def __init__(self, rows: Sequence[TokenIds], *, vocab: int, where: str = "rows") -> None:
+    def __init__(self, rows: Sequence[TokenIds], *, vocab: int, where: str = "rows", own: Collection[str] = ()) -> None:
         """Lay ``rows`` out; ``vocab`` is the number of token ids that teacher and student share.
+
+        ``own`` are the ids of rows whose answer the student wrote.
 
         Raises:
             DataError: no rows, or a row has no answer token.
@@ -92,6 +96,8 @@ class RowTable:
         self.counts: Indices = (sums[self.starts + self.lengths] - sums[self.starts]).astype(np.int64)
         self._check(rows, vocab, where)
         self.vocab = vocab
+        flags = np.fromiter((row.id in own for row in rows), np.bool_, len(rows)) if own else None
+        self.own = flags if flags is not None and flags.any() else None
 
     def _check(self, rows: Sequence[TokenIds], vocab: int, where: str) -> None:
         bare = np.flatnonzero(self.counts == 0)
@@ -125,6 +131,8 @@ class RowTable:
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
         digest.update(self.ids.astype("<i4").tobytes())
         digest.update(self.answer.tobytes())
+        if self.own is not None:
+            digest.update(self.own.tobytes())
         return digest.hexdigest()
 
     def batch(self, rows: Indices) -> Batch:
@@ -143,6 +151,7 @@ class RowTable:
             rows=torch.from_numpy(rows),
             counts=torch.from_numpy(self.counts[rows]),
             tokens=int(lengths.sum()),
+            own=None if self.own is None else torch.from_numpy(self.own[rows]),
         )
 
 

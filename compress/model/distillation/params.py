@@ -11,10 +11,14 @@ from compress.context import Params
 SIZES = ("layers", "heads", "kv_heads", "head_dim", "ffn", "hidden")
 DEFAULT_RATIO = 0.5
 TOP_K, SAMPLES = 32, 12
+DivergenceName = Literal["forward_kl", "reverse_kl", "cakld", "jsd", "skew_kl", "skew_reverse_kl", "skew_pair"]
+# which parameter is a divergence's number, and what it is when left out (cakld: the teacher's confidence, measured)
+NUMBERS = {"cakld": "reverse_share", "jsd": "beta", "skew_kl": "skew", "skew_reverse_kl": "skew", "skew_pair": "skew"}
+NUMBER_DEFAULTS = {"beta": 0.5, "skew": 0.1}
 
 
 class LogitsParams(Params):
-    """Distillation on the teacher's logits: loss = (1 - kd_weight) * CE + kd_weight * temperature^2 * KL."""
+    """Distillation on the teacher's logits: loss = (1 - kd_weight) * CE + kd_weight * temperature^2 * divergence."""
 
     init: Literal["teacher_layers", "scratch", "checkpoint"] = Field(
         "teacher_layers",
@@ -57,13 +61,46 @@ class LogitsParams(Params):
         0.0, ge=0, lt=1, description="decay per step of an average of the weights, which is then kept; 0: none"
     )
 
-    kd_weight: float = Field(0.5, ge=0, le=1, description="share of the KL to the teacher; 0 learns the labels alone")
+    kd_weight: float = Field(0.5, ge=0, le=1, description="share of the divergence; 0 learns the labels alone")
+    divergence: DivergenceName = Field(
+        "forward_kl",
+        description="of teacher and student: forward_kl is KL(teacher, student), reverse_kl the other way round, "
+        "cakld both by reverse_share, jsd Jensen-Shannon by beta, skew_kl and skew_reverse_kl those against a mixture "
+        "by skew, skew_pair the first in the teacher's text and the second in the student's; logs tell forward_kl too",
+    )
+    beta: float | None = Field(
+        None, ge=0, le=1, description="of jsd: 0 is forward_kl, 1 reverse_kl (default: 0.5, symmetric)"
+    )
+    skew: float | None = Field(
+        None, ge=0, lt=1, description="of skew_*: how much of its other side the mixture holds (default: 0.1)"
+    )
+    reverse_share: float | None = Field(
+        None, ge=0, le=1, description="of cakld: share of reverse_kl (default: the teacher's confidence in the answers)"
+    )
+    adaptive_skew: bool = Field(
+        False, description="of skew_*: rows nearer to the teacher get less skew; costs a second product with the head"
+    )
+    student_weight: float = Field(
+        1.0, ge=0, le=2, description="of skew_pair: weight b in text of the student; that of the teacher has 2 - b"
+    )
+    student_source: str | None = Field(
+        None, min_length=1, description="of skew_pair: rows of this source have answers that the student wrote"
+    )
+    hidden_weight: float = Field(
+        0.0, ge=0, description="weight of the projected hidden states' relative squared error; needs targets: online"
+    )
+    attention_weight: float = Field(
+        0.0, ge=0, description="weight of the KL of attention, through a mix of heads; needs targets: online"
+    )
+    feature_layers: Literal["all", "last"] = Field(
+        "all", description="which of the student's layers hidden_weight and attention_weight compare"
+    )
     learn: Literal["answer", "all"] = Field(
         "answer",
         description="which tokens are targets: the answers, or all tokens, the user's turns included; a teacher that "
         "was trained on user turns then says far more with every row",
     )
-    temperature: float = Field(1.0, gt=0, le=20, description="softens both sides of the KL")
+    temperature: float = Field(1.0, gt=0, le=20, description="softens both sides of the divergence")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over the vocabulary")
     targets: Literal["cache", "online"] = Field(
         "cache", description="run the teacher once and store what it says, or run it in every step"
@@ -122,8 +159,16 @@ class LogitsParams(Params):
             raise ValueError("top_k is for codec: topk; with codec: sample give samples")
         if self.codec == "topk" and self.samples != SAMPLES:
             raise ValueError("samples is for codec: sample; with codec: topk give top_k")
+        if self.codec == "sample" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"codec: sample needs divergence forward_kl, which draws do not bias; got {self.divergence}"
+            )
         if self.mixture and not any(self.mixture.values()):
             raise ValueError("mixture gives every teacher the weight 0")
+        if self.mixture and (self.hidden_weight or self.attention_weight):
+            raise ValueError("hidden_weight and attention_weight need the profile's own teacher alone, without mixture")
+        if self.mixture and self.number is None:
+            raise ValueError("cakld with mixture: give reverse_share; the confidence is measured of one teacher")
         if self.routing != "fixed" and len(self.voices) < 2:
             raise ValueError(f"routing: {self.routing} is between teachers: name at least two in mixture")
         if (self.routing == "column") != (self.routing_column is not None):
@@ -134,6 +179,29 @@ class LogitsParams(Params):
     def voices(self) -> dict[str, float]:
         """The teachers that count, and their weights; ``teacher`` is the profile's own."""
         return {name: weight for name, weight in (self.mixture or {"teacher": 1.0}).items() if weight}
+
+    @model_validator(mode="after")
+    def _loss_fits_together(self) -> LogitsParams:
+        for name in sorted({*NUMBERS.values()}):
+            takes = [kind for kind, number in NUMBERS.items() if number == name]
+            if getattr(self, name) is not None and self.divergence not in takes:
+                raise ValueError(f"{name} belongs to divergence {', '.join(takes)}; got divergence {self.divergence}")
+        if self.adaptive_skew and (NUMBERS.get(self.divergence) != "skew" or not self.number):
+            raise ValueError(f"adaptive_skew needs a divergence with a skew above 0; got {self.divergence}")
+        if self.divergence != "skew_pair" and (self.student_weight != 1.0 or self.student_source is not None):
+            raise ValueError(f"student_weight and student_source belong to skew_pair; got divergence {self.divergence}")
+        if (self.hidden_weight or self.attention_weight) and self.targets != "online":
+            raise ValueError("hidden_weight and attention_weight need targets: online; the cache holds logits alone")
+        return self
+
+    @property
+    def number(self) -> float | None:
+        """The divergence's number; ``None`` where it is to be measured."""
+        name = NUMBERS.get(self.divergence)
+        if name is None:
+            return 0.0
+        given: float | None = getattr(self, name)
+        return NUMBER_DEFAULTS.get(name) if given is None else given
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.context import StageContext, StageResult
-from compress.encoding import load_tokenizer, token_rows
+from compress.encoding import ids_of_source, load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
+from compress.model.distillation.confidence import confidence
+from compress.model.distillation.features import feature_targets, projected
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
@@ -40,7 +42,7 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)
-    if params.kd_weight:
+    if params.kd_weight or params.hidden_weight or params.attention_weight:
         heard(params, ctx)  # refused before anything is loaded
     home = _home(ctx, start)
     tokenizer = load_tokenizer(home)
@@ -52,19 +54,24 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         configs = teacher.config.to_dict(), student.config.to_dict()
         own = tokenizer if start is None else load_tokenizer(start)
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
-        table = RowTable(rows, vocab=vocab, where=ctx.name)
+        written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
+        table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
         check_rows_fit(table, configs, where=ctx.name)
         target_fn: TargetFn | None = None
         figures: dict[str, Any] = {}
+        share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
+        settings = train_settings(params, ctx.seed, share)
         if ctx.teacher.folder is not None:
             figures["parameters_teacher"] = count_parameters(teacher)
-        if params.kd_weight:
-            lesson = Lesson(table, [row.id for row in rows], tokenizer)
-            target_fn, more = targets_of(params, ctx, lesson, teacher)
-            figures |= more
-        del teacher  # with cached targets this frees its memory before training
+        if settings.loss.wants_teacher:
+            target_fn, more = targets_of(params, ctx, Lesson(table, [row.id for row in rows], tokenizer), teacher)
+            figures |= more if share is None else more | {"confidence": share}
+        if settings.loss.wants_features:
+            target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
         log = ctx.work / TRAINING_LOG
-        report = train(student, target_fn, table, train_settings(params, ctx.seed), ctx, log, vocab=vocab)
+        with projected(student, teacher, settings.loss, seed=ctx.seed):
+            del teacher  # with cached targets this frees its memory before training
+            report = train(student, target_fn, table, settings, ctx, log, vocab=vocab)
     figures["parameters"] = count_parameters(student)
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
@@ -86,10 +93,22 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     return folder
 
 
-def train_settings(params: LogitsParams, seed: int) -> TrainSettings:
-    """What the trainer is told."""
+def train_settings(params: LogitsParams, seed: int, confidence: float | None = None) -> TrainSettings:
+    """What the trainer is told; ``confidence`` is the teacher's, where the divergence's number is to be that."""
+    number = params.number if confidence is None else confidence
     return TrainSettings(
-        loss=LossWeights(params.kd_weight, params.temperature, params.label_smoothing),
+        loss=LossWeights(
+            params.kd_weight,
+            params.temperature,
+            params.label_smoothing,
+            divergence=params.divergence,
+            number=0.0 if number is None else number,
+            adaptive=params.adaptive_skew,
+            student_weight=params.student_weight,
+            hidden_weight=params.hidden_weight,
+            attention_weight=params.attention_weight,
+            feature_layers=params.feature_layers,
+        ),
         epochs=params.epochs,
         steps=params.steps,
         batch_tokens=params.batch_tokens,

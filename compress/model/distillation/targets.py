@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from compress.errors import ModelError
 from compress.model.distillation.cache import CacheHeader, CodecName, Coded, TargetCache, encode_for, joined, shards
 from compress.model.distillation.forward import kept_states
+from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import Dense, States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
 from compress.model.distillation.resume import kept_choice, value_digest
@@ -87,6 +88,7 @@ class OnlineTargets:
         self.teacher = teacher.eval().requires_grad_(False)
         self.head = output_head(teacher).weight[:vocab]  # padded rows of the vocabulary take no probability
         self.temperature, self.dtype = temperature, torch.bfloat16 if bf16 else torch.float32
+        self.logits = logit_map(teacher)
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,7 @@ class OnlineTargets:
             self.head = output_head(self.teacher).weight[: len(self.head)]
         with torch.no_grad():
             states = kept_states(self.teacher, batch.input_ids, batch.keep, dtype=self.dtype)
-            return States(states.to(self.head.dtype), self.head, self.temperature)
+            return States(states.to(self.head.dtype), self.head, self.temperature, self.logits)
 
 
 class CachedTargets:

@@ -26,15 +26,23 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from compress.errors import ModelError, StoreError, TrainingError, UserError
+from compress.model.distillation.features import (
+    PROJECTIONS,
+    FeatureStates,
+    Projections,
+    feature_loss,
+    read_features,
+)
 from compress.model.distillation.forward import kept_states
-from compress.model.distillation.losses import LossParts, LossWeights, Targets, fused_loss
+from compress.model.distillation.logit_map import logit_map
+from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, Indices, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.resume import read_tensors, save_tensors
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
 from compress.model.distillation.targets import TargetFn
-from compress.model.layers import output_head
+from compress.model.layers import decoder_layers, output_head
 
 if TYPE_CHECKING:
     from compress.context import StageContext
@@ -73,13 +81,37 @@ class DistillationModel(nn.Module):
     def __init__(self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False) -> None:
         super().__init__()
         self.student, self.weights, self.vocab = student, weights, vocab
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.dtype, self.logits = torch.bfloat16 if bf16 else torch.float32, logit_map(student)
 
     def forward(self, batch: Batch, targets: Targets | None) -> LossParts:
         """Sums of the losses over the kept positions of ``batch``."""
-        hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
+        extra: Tensor | None = None
+        if self.weights.wants_features:
+            hidden, extra = self._features(batch, targets)
+        else:
+            hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
-        return fused_loss(hidden, head, batch.labels, targets, self.weights, dtype=self.dtype)
+        parts = fused_loss(
+            hidden.to(head.dtype),
+            head,
+            batch.labels,
+            targets,
+            self.weights,
+            dtype=self.dtype,
+            logits=self.logits,
+            marks=Marks(batch.counts, batch.own),
+        )
+        return parts if extra is None else LossParts(parts.loss + extra.to(parts.loss.dtype), parts.ce, parts.kl)
+
+    def _features(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, Tensor]:
+        """Last hidden states, and the loss on what lies before them; see `features`."""
+        projections: Projections | None = getattr(self.student, PROJECTIONS, None)
+        if projections is None or not isinstance(targets, FeatureStates):
+            raise ModelError("distillation", "feature losses without projections or a teacher that tells its features")
+        count = len(decoder_layers(self.student))
+        layers = [1 + index for index in range(count)] if self.weights.feature_layers == "all" else [count]
+        hidden, own = read_features(self.student, batch, layers, self.weights, dtype=self.dtype)
+        return hidden, feature_loss(own, targets.features, projections, self.weights)
 
 
 @dataclass(slots=True)
@@ -122,7 +154,7 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     vocab = size if vocab is None else vocab
     if vocab > size:
         raise ModelError(ctx.name, f"the student's vocabulary has {size} entries", f"at least {vocab}, the teacher's")
-    if target_fn is None and settings.loss.kd_weight != 0:
+    if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with threads(ctx.threads), torch.random.fork_rng(devices=[]):
@@ -157,7 +189,7 @@ class _Run:
         name: str,
     ) -> None:
         self.student, self.target_fn, self.table, self.settings, self.ctx = student, target_fn, table, settings, ctx
-        if settings.loss.kd_weight == 0:
+        if not settings.loss.wants_teacher:
             self.target_fn = None  # the teacher need not run for what is not looked at
         training, held = split_rows(
             table,

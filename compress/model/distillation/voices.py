@@ -69,6 +69,9 @@ def heard(params: LogitsParams, ctx: StageContext) -> dict[str, Teacher]:
     for name, teacher in found.items():
         if len(found) > 1 or not isinstance(teacher, EndpointTeacher):
             local_folder(teacher.folder, where=f"{ctx.name}.mixture.{name}" if params.mixture else ctx.name)
+        elif params.number is None:
+            got = "to be measured, and an endpoint's confidence is not"
+            raise UserError(f"{ctx.name}.reverse_share", got, "a number from 0 to 1", "Give it")
     return found
 
 

@@ -21,12 +21,12 @@ from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer, token_rows
 from compress.errors import ModelError
 from compress.model.checkpoint import check_folder, load_model, read_config
+from compress.model.distillation.confidence import confidence
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
-from compress.model.distillation.packing import RowTable, cut
+from compress.model.distillation.packing import RowTable
 from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.targets import (
-    OnlineTargets,
     TargetFn,
     check_rows_fit,
     shared_vocabulary,
@@ -56,7 +56,6 @@ from compress.model.quantization.streaming import (
 )
 from compress.model.quantization.writing import Parts
 
-CONFIDENCE_TOKENS = 16_384  # padded tokens on which the teacher's confidence is taken
 INSTEAD = "Set teacher: self, to learn from the model as it was before rounding"
 TRAINING_FIGURES = ("start_loss", "validation_loss", "validation_ce", "validation_kl", "kept_step", "tokens")
 
@@ -222,26 +221,6 @@ def freeze_codes(model: nn.Module) -> None:
             module.log_step.requires_grad_(True)
 
 
-@torch.no_grad()
-def confidence(teacher: PreTrainedModel, table: RowTable, seed: int) -> float:
-    """Return the mean probability that ``teacher`` gives the target tokens of some rows (BitDistiller, section 3.2).
-
-    Over targets alone, each counted once; padding and prompts take no part.
-    """
-    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).numpy()
-    online = OnlineTargets(teacher, vocab=table.vocab)
-    total, count, tokens = 0.0, 0, 0
-    for rows in cut(order, table.lengths, CONFIDENCE_TOKENS // 8):
-        batch = table.batch(rows).to(online.head.device)
-        logprobs = online(batch).narrow(0, len(batch.labels)).logprobs
-        total += float(logprobs.gather(1, batch.labels[:, None]).exp().double().sum())
-        count += len(batch.labels)
-        tokens += batch.input_ids.numel()
-        if tokens >= CONFIDENCE_TOKENS:
-            break
-    return total / count
-
-
 def measure(job: Job, parts: Parts, rows: Rows, norm: torch.Tensor | None) -> dict[str, Any]:
     """Return loss and divergence of finished parts on the check rows."""
     stream, check = job.stream, Check(job.stream, rows.check)
@@ -262,7 +241,7 @@ def measure(job: Job, parts: Parts, rows: Rows, norm: torch.Tensor | None) -> di
 
 def _settings(params: QatParams, share: float, *, steps: int, rate: float, seed: int) -> TrainSettings:
     return TrainSettings(
-        loss=LossWeights(0.0 if params.loss == "ce" else 1.0, params.temperature, reverse_share=share),
+        loss=LossWeights(0.0 if params.loss == "ce" else 1.0, params.temperature, divergence="cakld", number=share),
         steps=steps,
         batch_tokens=params.batch_tokens,
         accumulate=params.accumulate,

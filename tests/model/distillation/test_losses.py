@@ -16,8 +16,6 @@ from compress.model.distillation.losses import (
     forward_kl,
     fused_loss,
     log_softmax_at,
-    mixed_kl,
-    reverse_kl,
 )
 from tests.reference import distillation as reference
 
@@ -262,63 +260,6 @@ def test_top_k_without_a_tail_is_biased_and_with_a_tail_is_not():
     assert (biased - exact.gather(1, with_tail.ids)).min() > 0.02
 
 
-def coarse(logits, k):
-    """``logits`` of the k likeliest tokens of the teacher and one for all others together."""
-    rest = logits[:, k:].logsumexp(-1, keepdim=True)
-    return torch.cat([logits[:, :k], rest], dim=1)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_both_divergences_together_equal_plain_loops_and_autograd(temperature, share):
-    teacher, student = draw(N, V, seed=1), draw(N, V, seed=2).requires_grad_()
-    targets = Dense(log_softmax_at(teacher, temperature))
-    loss, kl, grad = mixed_kl(student.detach(), targets, reverse_share=share, temperature=temperature)
-    expected = [
-        reference.cakld(p, q, share, temperature) for p, q in zip(teacher.tolist(), student.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(kl, forward_kl(student.detach(), targets, temperature=temperature)[0])
-    p, log_q = torch.softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
-    gap = log_q - p.log()
-    ((1 - share) * -(p * gap).sum() + share * (log_q.exp() * gap).sum()).backward()
-    torch.testing.assert_close(grad, student.grad)
-
-
-@pytest.mark.parametrize("k", [1, 3, V - 1])
-def test_the_reverse_divergence_of_sparse_targets_is_that_of_the_coarsened_distributions(k):
-    teacher, student = draw(N, V, seed=1).sort(dim=-1, descending=True).values, draw(N, V, seed=2).requires_grad_()
-    loss, grad = reverse_kl(student.detach(), top_k(teacher, k))
-    p, log_q = torch.softmax(coarse(teacher, k), -1), torch.log_softmax(coarse(student, k), -1)
-    by_hand = (log_q.exp() * (log_q - p.log())).sum(-1)
-    torch.testing.assert_close(loss, by_hand.detach())
-    by_hand.sum().backward()
-    torch.testing.assert_close(grad, student.grad)
-
-
-def test_the_reverse_divergence_of_all_tokens_as_sparse_targets_is_the_dense_one():
-    teacher, student = draw(N, V, seed=1), draw(N, V, seed=2)
-    dense, sparse = reverse_kl(student, Dense(log_softmax_at(teacher, 1.0))), reverse_kl(student, top_k(teacher, V))
-    torch.testing.assert_close(sparse[0], dense[0])
-    torch.testing.assert_close(sparse[1], dense[1])
-
-
-def test_at_its_ends_the_share_leaves_one_divergence_bit_for_bit():
-    teacher, student = draw(N, V, seed=1).float(), draw(N, V, seed=2).float()
-    targets = Dense(log_softmax_at(teacher, 1.0))
-    for share, alone in ((0.0, forward_kl), (1.0, reverse_kl)):
-        loss, _, grad = mixed_kl(student, targets, reverse_share=share)
-        assert torch.equal(loss, alone(student, targets)[0])
-        assert torch.equal(grad, alone(student, targets)[1])
-
-
-def test_both_divergences_are_finite_where_the_teacher_gives_nothing():
-    logprobs = torch.tensor([[0.0, -torch.inf, -torch.inf]])
-    loss, _, grad = mixed_kl(torch.zeros(1, 3), Dense(logprobs), reverse_share=0.5)
-    assert bool(torch.isfinite(loss).all())
-    assert bool(torch.isfinite(grad).all())
-
-
 def test_a_fixed_head_costs_no_gradient_and_changes_none():
     hidden, head, given = draw(N, H, seed=3), draw(V, H, seed=4), labels()
     targets = States(draw(N, H, seed=5), draw(V, H, seed=6), 1.0)
@@ -326,7 +267,7 @@ def test_a_fixed_head_costs_no_gradient_and_changes_none():
     for fixed in (False, True):
         states, table = hidden.clone().requires_grad_(), head.clone().requires_grad_(not fixed)
         fused_loss(
-            states, table, given, targets, LossWeights(0.7, reverse_share=0.4), chunk_elements=3 * V
+            states, table, given, targets, LossWeights(0.7, divergence="cakld", number=0.4), chunk_elements=3 * V
         ).loss.backward()
         found.append((states.grad, table.grad))
     assert torch.equal(found[0][0], found[1][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from compress.encoding import TokenRow
 from compress.errors import DataError, ModelError
@@ -109,3 +110,13 @@ def test_key_sees_ids_and_answer():
     ]
     table = RowTable(rows, vocab=VOCAB)
     assert table.key(0) == table.key(2) != table.key(1)
+
+
+def test_rows_that_the_student_wrote_are_marked_in_the_batch():
+    own = {ROWS[0].id, ROWS[3].id}
+    table, plain = RowTable(ROWS, vocab=VOCAB, own=own), RowTable(ROWS, vocab=VOCAB)
+    assert table.batch(np.array([3, 1, 0])).own.tolist() == [True, False, True]
+    assert table.batch(np.array([3, 1, 0])).to(torch.device("cpu")).own is not None
+    assert plain.batch(np.array([3])).own is None
+    assert table.fingerprint() != plain.fingerprint() == RowTable(ROWS, vocab=VOCAB, own={"other"}).fingerprint()
+    assert [table.key(row) for row in range(5)] == [plain.key(row) for row in range(5)]  # the teacher says the same

@@ -20,7 +20,6 @@ from compress.model.distillation.losses import (
     cross_entropy,
     forward_kl,
     fused_loss,
-    mixed_kl,
 )
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.sampled import Drawn, DrawnShard, Sampled, draw, entry_bytes, shares_of, unpack
@@ -191,8 +190,9 @@ def test_the_loss_of_draws_exceeds_the_dense_one_by_a_constant_alone():
 
 def test_other_divergences_are_refused():
     targets = Sampled(torch.tensor([[1, 0]]), torch.tensor([[1.0, 0.0]]))
-    with pytest.raises(ModelError, match=r"codec: sample, with KL\(student \|\| teacher\).*Set codec: topk"):
-        mixed_kl(noise(1, V), targets, reverse_share=0.5)
+    for weights in (LossWeights(1.0, divergence="jsd", number=0.5), LossWeights(0.5, 2.0, divergence="reverse_kl")):
+        with pytest.raises(ModelError, match=r"codec: sample, with another divergence.*Set codec: topk"):
+            combined(noise(1, V), torch.tensor([1]), targets, weights)
 
 
 # ---------------------------------------------------------------------------------- in the cache

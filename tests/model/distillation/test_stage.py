@@ -17,6 +17,7 @@ from compress.errors import DataError, ModelError
 from compress.model.checkpoint import check_folder, load_model, save_model
 from compress.model.distillation import stage as module
 from compress.model.distillation import targets as targets_module
+from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.stage import distill
 from compress.stages import STAGES, load_function, params_model
@@ -213,6 +214,16 @@ def test_rows_that_are_too_long_are_refused_or_cut(ready):
         ({"kd_weight": 1.5}, "less than or equal to 1"),
         ({"temperature": 0.0}, "greater than 0"),
         ({"kdweight": 0.5}, "Extra inputs are not permitted"),
+        ({"beta": 0.5}, "beta belongs to divergence jsd; got divergence forward_kl"),
+        ({"divergence": "jsd", "skew": 0.1}, "skew belongs to divergence skew_kl, skew_reverse_kl, skew_pair"),
+        ({"divergence": "jsd", "beta": 1.5}, "less than or equal to 1"),
+        ({"divergence": "skew_kl", "skew": 1.0}, "less than 1"),
+        ({"divergence": "kl"}, "Input should be 'forward_kl', 'reverse_kl'"),
+        ({"divergence": "jsd", "adaptive_skew": True}, "adaptive_skew needs a divergence with a skew above 0; got jsd"),
+        ({"divergence": "skew_kl", "skew": 0.0, "adaptive_skew": True}, "adaptive_skew needs a divergence with a skew"),
+        ({"divergence": "skew_kl", "student_source": "own"}, "student_source belong to skew_pair"),
+        ({"student_weight": 0.5}, "student_source belong to skew_pair"),
+        ({"hidden_weight": 1.0}, "need targets: online; the cache holds logits alone"),
         ({"epochs": "3"}, "valid number"),
         ({"learning_rate": float("nan")}, "finite number"),
     ],
@@ -247,6 +258,56 @@ def test_every_parameter_has_a_description_and_reaches_the_trainer():
     plain, other = (dataclasses.asdict(module.train_settings(params, 1)) for params in (LogitsParams(), changed))
     same = {name for name in plain if plain[name] == other[name]}
     assert same == {"seed", "betas", "log_every", "checkpoint_every_s", "checkpoint_every_steps"}
+
+
+def test_every_parameter_of_the_loss_reaches_the_trainer():
+    def told(**given):
+        return module.train_settings(LogitsParams(**given), 1, given.pop("confidence", None)).loss
+
+    assert told() == LossWeights()
+    assert told(divergence="reverse_kl") == LossWeights(divergence="reverse_kl")
+    assert told(divergence="jsd") == LossWeights(divergence="jsd", number=0.5)
+    assert told(divergence="jsd", beta=0.0) == LossWeights(divergence="jsd", number=0.0)
+    assert told(divergence="skew_reverse_kl") == LossWeights(divergence="skew_reverse_kl", number=0.1)
+    assert told(divergence="cakld", reverse_share=0.2) == LossWeights(divergence="cakld", number=0.2)
+    measured = module.train_settings(LogitsParams(divergence="cakld"), 1, 0.7).loss
+    assert measured == LossWeights(divergence="cakld", number=0.7)
+    pair = told(divergence="skew_pair", skew=0.2, adaptive_skew=True, student_weight=0.5)
+    assert pair == LossWeights(divergence="skew_pair", number=0.2, adaptive=True, student_weight=0.5)
+    features = told(targets="online", hidden_weight=0.3, attention_weight=0.2, feature_layers="last")
+    assert features == LossWeights(hidden_weight=0.3, attention_weight=0.2, feature_layers="last")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"divergence": "reverse_kl"},
+        {"divergence": "cakld"},
+        {"divergence": "jsd", "targets": "online", "temperature": 1.5},
+        {"divergence": "skew_kl", "adaptive_skew": True, "skew": 0.5},
+        {"divergence": "skew_reverse_kl", "label_smoothing": 0.1},
+        {"divergence": "skew_pair", "student_source": "own", "student_weight": 1.5},
+    ],
+)
+def test_every_divergence_trains_and_tells_the_forward_kl(ready, place, tmp_path, given):
+    inputs = {"data": place / "data"}
+    if "student_source" in given:
+        rows = read_rows(place / "data")
+        marked = [dataclasses.replace(row, source="own") for row in rows[::2]] + rows[1::2]
+        (tmp_path / "marked").mkdir()
+        write_rows(tmp_path / "marked", marked)
+        inputs = {"data": tmp_path / "marked"}
+    result = distill(LogitsParams(**QUICK, **given, layers=2), ready(inputs=inputs))
+    assert result.metrics["validation_loss"] < result.metrics["start_loss"]
+    assert result.metrics["validation_kl"] > 0
+    if given["divergence"] == "cakld":
+        assert 0 < result.metrics["confidence"] < 1
+
+
+def test_a_source_that_no_row_has_is_refused(ready):
+    params = LogitsParams(**QUICK, divergence="skew_pair", student_source="own")
+    with pytest.raises(DataError, match=r"no row of source 'own'; expected one of its sources: "):
+        distill(params, ready())
 
 
 def test_data_stays_as_it_was(ready, place):

@@ -176,6 +176,9 @@ def test_teachers_that_do_not_fit_are_refused(ready, place, serve, tmp_path):
         ({"routing": "column", "mixture": {"a": 1.0, "b": 1.0}}, "routing_column go together"),
         ({"routing_column": "source"}, "routing_column go together"),
         ({"routing_column": "text"}, "String should match pattern"),
+        ({"codec": "sample", "divergence": "jsd"}, "codec: sample needs divergence forward_kl"),
+        ({"mixture": {"a": 1.0}, "hidden_weight": 1.0, "targets": "online"}, "the profile's own teacher alone"),
+        ({"mixture": {"a": 1.0}, "divergence": "cakld"}, "cakld with mixture: give reverse_share"),
     ],
 )
 def test_parameters_are_judged_together(given, message):

@@ -18,12 +18,12 @@ from compress.context import StageContext, StageResult
 from compress.data.rows import chat_row, write_rows
 from compress.errors import ModelError
 from compress.model.checkpoint import check_folder, load_model
+from compress.model.distillation.confidence import confidence
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.trainer import train
 from compress.model.layers import decoder_layers, linears
 from compress.model.quantization import gptq_stage, qat_stage
 from compress.model.quantization.params import GptqParams, QatParams, RtnParams
-from compress.model.quantization.qat_stage import confidence
 from compress.model.quantization.qat_student import build
 from compress.model.quantization.quantizers import FakeQuantLinear
 from compress.model.quantization.streaming import Rows, calibration_rows
