@@ -179,6 +179,7 @@ def teachers(args: argparse.Namespace) -> None:
         for name, target_fn in ways.items():
             student = bench.student(target_fn, seed)
             results.setdefault(name, []).append(bench.measure(student, bench.held, None)[0])
+            print(f"  {name}: {results[name][-1]:.4f}", flush=True)
     print("loss on held-out labels of both kinds")
     for name, found in results.items():
         shown(f"  {name}", found)

@@ -135,8 +135,9 @@ def _mixed(
         folder.with_suffix(".json"), choose_bf16(params.precision, width=width, training=online_too, device=device)
     )
     about = {"teachers": dict(identities), "weights": params.voices, "routing": params.routing}
-    about |= {"temperature": params.routing_temperature, "column": params.routing_column, "rows": table.fingerprint()}
-    weights = _weights(params, ctx, lesson, models, {"about": value_digest(about), "bf16": bf16})
+    about |= {"temperature": params.routing_temperature, "column": params.routing_column}
+    of = value_digest(about | {"rows": table.fingerprint()})
+    weights = _weights(params, ctx, lesson, models, {"about": of, "bf16": bf16})
     teachers = [
         OnlineTargets(model, vocab=table.vocab, temperature=params.temperature, bf16=bf16) for model in models.values()
     ]
@@ -146,9 +147,12 @@ def _mixed(
     }
     if online_too:
         return mixed, figures
-    who = value_digest(about | ({"said": weights.tolist()} if params.routing == "column" else {}))
+    if params.routing == "column":  # what rows say is no part of their keys in the cache
+        about |= {"rows": table.fingerprint(), "said": weights.tolist()}
     codec = Codec(params.codec, params.top_k, params.samples, ctx.seed)
-    header = cache_header((lesson.tokenizer, who), vocab=table.vocab, codec=codec, temperature=params.temperature)
+    header = cache_header(
+        (lesson.tokenizer, value_digest(about)), vocab=table.vocab, codec=codec, temperature=params.temperature
+    )
     target_fn, more = cached_targets(TargetCache(folder, header), table, mixed, ctx.progress)
     return target_fn, figures | more
 
