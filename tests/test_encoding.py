@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compress.encoding import (
     encode_rows,
     encode_text_prompt,
     end_of_turn,
+    ids_of_source,
     load_tokenizer,
     stop_ids,
     token_rows,
@@ -183,6 +185,14 @@ def test_token_rows_reads_an_artifact_and_leaves_out_rows_without_target(
     assert "1 of 4 rows have no answer within 64 tokens" in caplog.text
     with pytest.raises(DataError, match="no row with an answer within 5 tokens"):
         token_rows(tmp_path, tokenizer, max_tokens=5, truncate=True)
+
+
+def test_rows_are_found_by_their_source(tmp_path: Path) -> None:
+    rows = [replace(row, source="own" if index % 2 else "pool") for index, row in enumerate(chats(6))]
+    write_rows(tmp_path, rows)
+    assert ids_of_source(tmp_path, "own") == {row.id for row in rows[1::2]}
+    with pytest.raises(DataError, match=r"no row of source 'mine'; expected one of its sources: own, pool"):
+        ids_of_source(tmp_path, "mine")
 
 
 @pytest.mark.parametrize("content", [None, "{ cut", "{}"])

@@ -108,10 +108,13 @@ def read_features(
 
 
 def feature_loss(student: Features, teacher: Features, projections: Projections, weights: LossWeights) -> Tensor:
-    """Weighted sum of both losses over the positions, mean over layers (and heads), fp64; autograd differentiates it."""
+    """Weighted sum of both losses over the positions, mean over layers (and heads), fp64; autograd can follow it."""
     total = (student.hidden or student.attention)[0].new_zeros((), dtype=torch.float64)
     for one, other, matrix in zip(student.hidden, teacher.hidden, projections.maps, strict=True):
-        total = total + weights.hidden_weight / len(student.hidden) * hidden_loss(one @ matrix.T, other).sum()
+        total = (
+            total
+            + weights.hidden_weight / len(student.hidden) * hidden_loss(one.to(matrix.dtype) @ matrix.T, other).sum()
+        )
     for one, other, mix in zip(student.attention, teacher.attention, projections.mixes, strict=True):
         mixed = torch.einsum("nst,hs->nht", one.to(mix.dtype), torch.softmax(mix, dim=-1))
         total = total + weights.attention_weight / len(student.attention) * attention_loss(mixed, other).sum()

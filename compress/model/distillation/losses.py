@@ -437,7 +437,9 @@ def fused_loss(
     if marks is not None and marks.own is not None:
         own = torch.repeat_interleave(marks.own, marks.counts)[:, None].to(hidden.device)
     number: float | Tensor = weights.number
-    if weights.adaptive and targets is not None and weights.kd_weight:
+    if weights.kd_weight == 0.0:
+        targets = None  # so that states are not turned into distributions for nothing
+    if weights.adaptive and targets is not None:
         assert marks is not None, "an adaptive skew is one per row: the marks say which positions are of one"
         number = _adapted(hidden.detach(), head.detach(), labels, targets, weights, logits, marks, chunk)
     task = _Task(weights, Numbers(number, own, weights.student_weight), logits, chunk, products)

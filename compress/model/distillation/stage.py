@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from compress.context import StageContext, StageResult
 from compress.encoding import ids_of_source, load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
@@ -56,23 +58,17 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
         table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
+        if params.divergence == "skew_pair" and table.own is None:
+            notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
         check_rows_fit(table, configs, where=ctx.name)
-        target_fn: TargetFn | None = None
-        figures: dict[str, Any] = {}
-        share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
-        settings = train_settings(params, ctx.seed, share)
-        if ctx.teacher.folder is not None:
-            figures["parameters_teacher"] = count_parameters(teacher)
-        if settings.loss.wants_teacher:
-            target_fn, more = targets_of(params, ctx, Lesson(table, [row.id for row in rows], tokenizer), teacher)
-            figures |= more if share is None else more | {"confidence": share}
-        if settings.loss.wants_features:
-            target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
+        before = {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
+        lesson = Lesson(table, [row.id for row in rows], tokenizer)
+        settings, target_fn, figures = _taught(params, ctx, teacher, student, lesson)
         log = ctx.work / TRAINING_LOG
         with projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
             report = train(student, target_fn, table, settings, ctx, log, vocab=vocab)
-    figures["parameters"] = count_parameters(student)
+    figures |= before | {"parameters": count_parameters(student)}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
@@ -91,6 +87,20 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     folder = local_folder(ctx.teacher.folder, where=ctx.name)
     check_folder(folder)
     return folder
+
+
+def _taught(
+    params: LogitsParams, ctx: StageContext, teacher: PreTrainedModel, student: PreTrainedModel, lesson: Lesson
+) -> tuple[TrainSettings, TargetFn | None, dict[str, Any]]:
+    """What the trainer is told, the teacher's side of it, and figures about that."""
+    share = confidence(teacher, lesson.table, ctx.seed) if params.kd_weight and params.number is None else None
+    settings = train_settings(params, ctx.seed, share)
+    if not settings.loss.wants_teacher:
+        return settings, None, {}
+    target_fn, figures = targets_of(params, ctx, lesson, teacher)
+    if settings.loss.wants_features:
+        target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
+    return settings, target_fn, figures if share is None else figures | {"confidence": share}
 
 
 def train_settings(params: LogitsParams, seed: int, confidence: float | None = None) -> TrainSettings:

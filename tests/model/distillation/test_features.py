@@ -29,7 +29,7 @@ from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.stage import distill
 from compress.model.distillation.targets import OnlineTargets
-from compress.model.distillation.trainer import train
+from compress.model.distillation.trainer import DistillationModel, train
 from tests.model.distillation.test_stage import QUICK, place, ready  # noqa: F401 - fixtures
 from tests.model.distillation.test_trainer import ROWS, make, weights
 from tests.tiny import VOCAB, tiny_config, tiny_model
@@ -110,6 +110,23 @@ def test_projections_train_with_the_student_and_are_gone_afterwards(context):
     assert not hasattr(student, PROJECTIONS)
     assert student.config._attn_implementation == "sdpa"
     assert set(weights(student)) == set(weights(tiny_model(seed=1)))
+
+
+def test_in_bf16_the_features_are_nearly_the_same(context):
+    teacher, student = tiny_model(seed=9, scale=0.3), tiny_model(seed=1)
+    rows = RowTable(ROWS, vocab=VOCAB).batch(torch.arange(6).numpy())
+    found = []
+    with projected(student, teacher, BOTH, seed=3):
+        for bf16 in (False, True):
+            online = OnlineTargets(teacher, vocab=VOCAB, bf16=bf16)
+            targets = feature_targets(online, student, BOTH, where="stage")
+            module = DistillationModel(student, BOTH, VOCAB, bf16=bf16)
+            student.zero_grad()
+            loss = module(rows, targets(rows)).loss
+            loss.backward()
+            found.append((loss.item(), student.distillation_projections.maps[0].grad.clone()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.02)
+    assert torch.nn.functional.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), dim=0) > 0.99
 
 
 def test_weights_of_zero_are_the_plain_loss_bit_for_bit(context):

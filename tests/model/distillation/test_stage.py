@@ -300,8 +300,14 @@ def test_every_divergence_trains_and_tells_the_forward_kl(ready, place, tmp_path
     result = distill(LogitsParams(**QUICK, **given, layers=2), ready(inputs=inputs))
     assert result.metrics["validation_loss"] < result.metrics["start_loss"]
     assert result.metrics["validation_kl"] > 0
+    assert not any("skew_pair is skew_kl" in note for note in result.notes)
     if given["divergence"] == "cakld":
         assert 0 < result.metrics["confidence"] < 1
+
+
+def test_a_pair_without_text_of_the_student_says_so(ready):
+    result = distill(LogitsParams(**QUICK, divergence="skew_pair", layers=1), ready())
+    assert any("skew_pair is skew_kl" in note for note in result.notes)
 
 
 def test_a_source_that_no_row_has_is_refused(ready):
