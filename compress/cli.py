@@ -193,13 +193,16 @@ def step(
     ] = None,
     overrides: SetOption = None,
     teacher: TeacherOption = None,
+    teachers: Annotated[
+        list[str] | None, typer.Option("--teachers", metavar="NAME=TEACHER", help="More teachers, for a mixture.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="The device, where the stage uses one.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all randomness.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one stage alone, on files: step data.selection --in pool.jsonl --out kept.jsonl --set method=dedup"""
-    from compress.single import Request, parse_inputs, run_stage, stage_and_params
+    from compress.single import Request, parse_inputs, parse_teachers, run_stage, stage_and_params
 
     line, params = stage_and_params(stage, overrides or [])
     result = run_stage(
@@ -209,6 +212,7 @@ def step(
             inputs=parse_inputs(inputs or [], line),
             out=out,
             teacher=teacher,
+            teachers=parse_teachers(teachers or []),
             target=_target(target),
             seed=seed,
             threads=threads,

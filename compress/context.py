@@ -37,6 +37,7 @@ class StageContext:
             Long stages checkpoint here and resume from what they find.
         seed: seed of this step; the only source of randomness.
         teacher: loaded on first use; ``None`` when the table line does not say that the stage uses it.
+        teachers: those of the profile's ``teachers`` that the parameters name, by name; loaded on first use.
         target: the device's facts (``deploy.targets.Target``) or ``None``.
         threads: CPU threads to use.
         lineage: the ``steps`` that led to the inputs and their ``origins``, JSON values that follow from the key; empty
@@ -51,6 +52,7 @@ class StageContext:
     seed: int
     progress: Progress
     teacher: Teacher | None = None
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
     target: Any = None
     threads: int = 2
     lineage: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
@@ -123,6 +123,26 @@ def token_rows(
     if not kept:
         raise DataError(str(folder), f"no row with an answer within {max_tokens} tokens", do="Raise max_tokens")
     return kept
+
+
+def row_values(folder: Path, column: str) -> dict[str, Any]:
+    """What the rows of a data artifact hold in ``column`` (``source``, ``label`` or ``meta.KEY...``), by row id.
+
+    Raises:
+        DataError: no artifact, or a row without the column.
+    """
+    from compress.data.rows import read_rows  # pyarrow loads on use
+
+    first, *keys = column.split(".")
+    found: dict[str, Any] = {}
+    for row in read_rows(folder):
+        value = {"source": row.source, "label": row.label, "meta": row.meta}[first]
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value in (None, ""):
+            raise DataError(f"row {row.id}", f"has no {column}", "every row with one")
+        found[row.id] = value
+    return found
 
 
 def ids_of_source(folder: Path, source: str) -> frozenset[str]:

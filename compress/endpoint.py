@@ -1,6 +1,7 @@
 """A client for OpenAI-compatible servers: chat completions with log probabilities, retried within bounds.
 
-`ChatClient.complete` asks one conversation, `complete_all` many at a time and in order. Only the standard library;
+`ChatClient.complete` asks one conversation, `complete_all` many at a time and in order; `ask` and `in_parallel` are the
+same for any other kind of request. Only the standard library;
 knows nothing of rows, stages or torch. A server that refuses (4xx) is the user's to correct and is not asked again;
 one that is busy, slow, silent or talks nonsense is asked ``attempts`` times, and then named in an error.
 """
@@ -15,16 +16,18 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from compress.errors import EdgestillError, UserError
 from compress.progress import Bar
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Q = TypeVar("Q")
 
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # worth asking again
 MAX_REPLY_BYTES = 16 << 20
@@ -50,8 +53,14 @@ class Request:
     seed: int = 0
 
 
-class _Nonsense(Exception):
-    """A reply that is not what the protocol says; internal, becomes an `EdgestillError`."""
+class Nonsense(Exception):
+    """A reply that is not what the protocol says; becomes an `EdgestillError` when it is the last."""
+
+
+class Refused(UserError):
+    """The server refuses the request (4xx); ``code`` is HTTP's."""
+
+    code = 0
 
 
 @dataclass(frozen=True)
@@ -89,15 +98,19 @@ class ChatClient:
         self, conversations: Sequence[Sequence[Mapping[str, str]]], request: Request, *, bar: Bar | None = None
     ) -> list[Reply]:
         """Answers in the order of ``conversations``; the first failure stops the rest."""
+        return self.in_parallel(lambda conversation: self.complete(conversation, request), conversations, bar=bar)
+
+    def in_parallel(self, ask: Callable[[Q], T], questions: Sequence[Q], *, bar: Bar | None = None) -> list[T]:
+        """What ``ask`` gives for ``questions``, in their order, some at a time; the first failure stops the rest."""
         with ThreadPoolExecutor(max_workers=self.parallel) as pool:
-            futures = [pool.submit(self.complete, conversation, request) for conversation in conversations]
+            futures = [pool.submit(ask, question) for question in questions]
             try:
-                replies = []
+                found = []
                 for future in futures:
-                    replies.append(future.result())
+                    found.append(future.result())
                     if bar is not None:
                         bar.advance()
-                return replies
+                return found
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -110,7 +123,6 @@ class ChatClient:
             EdgestillError: no usable reply after all attempts.
         """
         body = {
-            "model": self.model,
             "messages": [dict(message) for message in messages],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
@@ -118,17 +130,28 @@ class ChatClient:
             "seed": request.seed,
             "logprobs": True,
         }
+        return self.ask("chat/completions", body, _read_reply)
+
+    def ask(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
+        """Send ``body`` to ``path`` below the URL and give what ``read`` makes of the reply, within the attempts.
+
+        ``read`` raises `Nonsense` for a reply that is not what the protocol says; the request is then repeated.
+
+        Raises:
+            UserError, EdgestillError: as `complete`.
+        """
+        content = json.dumps({"model": self.model, **body}).encode()
         why = ""
         for attempt in range(self.attempts):
             wait = self.backoff_s * 2**attempt
             try:
-                return _read_reply(self._post(json.dumps(body).encode()))
+                return read(self._post(path, content))
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}: {_excerpt(_error_body(error))}"
+                why = f"HTTP {error.code}: {excerpt(_error_body(error))}"
                 if error.code not in BUSY:
                     raise self._refused(error.code, why) from error
                 wait = _retry_after(error, wait)
-            except _Nonsense as error:
+            except Nonsense as error:
                 why = str(error)
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSError
                 why = _transport(error)
@@ -141,29 +164,31 @@ class ChatClient:
             do="Check that the server runs and is not overloaded, then run again: what is done is kept",
         )
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, path: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         key = os.environ.get(self.key_variable, "")
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
+        address = f"{self.url.rstrip('/')}/{path}"
         request = urllib.request.Request(address, data=body, headers=headers, method="POST")  # noqa: S310 - checked
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:  # noqa: S310 - http(s) only, checked
             content: bytes = response.read(MAX_REPLY_BYTES + 1)
             promised = response.headers.get("Content-Length", "")
         if len(content) > MAX_REPLY_BYTES:
-            raise _Nonsense(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
+            raise Nonsense(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
         if promised.isdigit() and len(content) < int(promised):  # reading with a limit does not notice by itself
-            raise _Nonsense(f"the connection broke after {len(content)} of {promised} bytes")
+            raise Nonsense(f"the connection broke after {len(content)} of {promised} bytes")
         return content
 
-    def _refused(self, code: int, why: str) -> UserError:
+    def _refused(self, code: int, why: str) -> Refused:
         advice = {
             401: f"Set the environment variable {self.key_variable}",
             403: f"Check the key in the environment variable {self.key_variable}",
             404: f"Check the URL (it ends in /v1 on most servers) and the model name {self.model!r}",
         }
-        return UserError(self.url, f"the server refuses: {why}", do=advice.get(code, "Check the endpoint's settings"))
+        error = Refused(self.url, f"the server refuses: {why}", do=advice.get(code, "Check the endpoint's settings"))
+        error.code = code
+        return error
 
 
 def _read_reply(content: bytes) -> Reply:
@@ -174,11 +199,11 @@ def _read_reply(content: bytes) -> Reply:
         logprobs = [float(token["logprob"]) for token in ((choice.get("logprobs") or {}).get("content") or [])]
         finished = choice.get("finish_reason") == "stop"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _Nonsense(f"not a chat completion: {_excerpt(content)}") from error
+        raise Nonsense(f"not a chat completion: {excerpt(content)}") from error
     if text is None:
         text = ""  # servers give null for an answer without text
     if not isinstance(text, str):
-        raise _Nonsense(f"the message is no text: {_excerpt(content)}")
+        raise Nonsense(f"the message is no text: {excerpt(content)}")
     mean = sum(logprobs) / len(logprobs) if logprobs else math.nan
     return Reply(text, mean if math.isfinite(mean) else math.nan, finished)
 
@@ -207,6 +232,7 @@ def _error_body(error: urllib.error.HTTPError) -> bytes:
         return b""
 
 
-def _excerpt(content: bytes) -> str:
+def excerpt(content: bytes) -> str:
+    """The beginning of a reply for a message, on one line."""
     text = " ".join(content[:400].decode("utf-8", errors="replace").split())
     return (text[:160] + " ...") if len(text) > 160 else (text or "(empty)")

@@ -16,6 +16,7 @@ from pathlib import Path
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:@[\w.-]+)?", re.ASCII)
 # Endings of files that users name; a hub name may hold dots (Qwen/Qwen2.5-0.5B), but it does not end like a file.
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".text", ".yaml", ".yml", ".safetensors")
+OWN_TEACHER = "teacher"  # how steps that learn from several teachers call the profile's own
 
 
 def closest(got: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -25,7 +25,7 @@ from compress.context import StageContext
 from compress.estimates import Estimate, estimate
 from compress.lineage import lineage
 from compress.metering import Meter
-from compress.plans import Facts, Node, Outside, Plan, plan
+from compress.plans import Node, Outside, Plan, named_teachers, plan
 from compress.progress import Progress
 from compress.recording import Recorder
 from compress.run_record import RunRecord
@@ -100,11 +100,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _place(facts: Facts) -> Path | str:
-    """What opens the teacher: its folder once it is here, else the endpoint's address as it is written."""
-    assert facts.teacher is not None, "asked for only when there is a teacher"
-    spec = facts.profile.teacher
-    return facts.teacher.path if spec is None or "://" not in spec else spec
+def _place(found: Outside, spec: str | None) -> Path | str:
+    """What opens a teacher: its folder once it is here, else the endpoint's address as it is written."""
+    return found.path if spec is None or "://" not in spec else spec
 
 
 class _Executor:
@@ -114,6 +112,7 @@ class _Executor:
         self.planned, self.store, self.verify, self.progress = planned, store, verify, progress
         self.folders: dict[str, Path] = {}  # artifact key -> folder
         self._teacher: Teacher | None = None
+        self._teachers: dict[str, Teacher] = {}
 
     def run(self, foretold: Estimate | None) -> RunRecord:
         """Run all nodes and close the record whatever happens."""
@@ -184,6 +183,7 @@ class _Executor:
             seed=node.seed,
             progress=Progress(stream=self.progress.stream, quiet=self.progress.quiet, prefix=f"{label}: "),
             teacher=self.teacher() if node.stage.wants_teacher else None,
+            teachers={name: self.named_teacher(name) for name in named_teachers(node.params)},
             target=facts.target if "target" in node.stage.uses else None,
             threads=facts.threads,
             lineage=lineage(self.planned, node, self.folders),
@@ -198,5 +198,15 @@ class _Executor:
         if self._teacher is None and facts.teacher is not None:
             from compress.teachers import open_teacher  # loads when a stage that uses it really runs
 
-            self._teacher = open_teacher(_place(facts), threads=facts.threads)
+            self._teacher = open_teacher(_place(facts.teacher, facts.profile.teacher), threads=facts.threads)
         return self._teacher
+
+    def named_teacher(self, name: str) -> Teacher:
+        """One of the profile's ``teachers``, opened once per run."""
+        facts = self.planned.facts
+        if name not in self._teachers:
+            from compress.teachers import open_teacher  # as above
+
+            place = _place(facts.teachers[name], facts.profile.teachers[name])
+            self._teachers[name] = open_teacher(place, threads=facts.threads)
+        return self._teachers[name]

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from compress import doctor, hub, identities
 from compress.errors import ProfileError
+from compress.names import OWN_TEACHER
 from compress.stages import STAGES, Stage, find, params_model
 
 if TYPE_CHECKING:
@@ -74,9 +75,15 @@ class Facts:
     @cached_property
     def teacher(self) -> Outside | None:
         """The teacher's folder (or endpoint) and identity."""
-        spec = self.profile.teacher
-        if spec is None:
-            return None
+        return None if self.profile.teacher is None else self._outside(self.profile.teacher)
+
+    @cached_property
+    def teachers(self) -> dict[str, Outside]:
+        """The profile's other teachers by name."""
+        return {name: self._outside(spec) for name, spec in self.profile.teachers.items()}
+
+    def _outside(self, spec: str) -> Outside:
+        """Place and identity of one teacher."""
         if "://" in spec:
             return Outside(Path(spec), identities.digest_of({"endpoint": spec}))
         if Path(spec).is_file():  # recorded replies
@@ -148,6 +155,11 @@ def validated(stage: Stage, values: Mapping[str, Any], where: str) -> Params:
         raise ProfileError(place, f"{first['msg']} (got {first['input']!r})", allowed) from error
 
 
+def named_teachers(params: Params) -> list[str]:
+    """Names of the profile's ``teachers`` that a step learns from; its own ``teacher`` is not among them."""
+    return [name for name in getattr(params, "mixture", {}) if name != OWN_TEACHER]
+
+
 class _Builder:
     """Grows the list of nodes; ``data`` and ``model`` are the two slots that steps read and replace."""
 
@@ -169,7 +181,7 @@ class _Builder:
         of: str = "",
     ) -> Node:
         """Append one node; ``of`` tells two nodes of the same stage apart."""
-        facts = {
+        facts: dict[str, Any] = {
             "format": FORMAT,
             "stage": stage.stage,
             "method": stage.method,
@@ -179,6 +191,9 @@ class _Builder:
             "seed": self.profile.seed,
             "uses": {use: self.facts.identity(use, stage) for use in stage.uses},
         }
+        others = {name: self.facts.teachers[name].key for name in named_teachers(params)}
+        if others:
+            facts["teachers"] = others
         key = self.store.key(facts)
         name = f"{stage.name} {of}".strip()
         taken = sum(1 for node in self.nodes if node.name == name or node.name.startswith(f"{name} #"))

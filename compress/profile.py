@@ -21,7 +21,7 @@ from compress.assessment_params import METRICS, SIZES, LimitParams, unjudgeable
 from compress.context import Params
 from compress.errors import ProfileError
 from compress.ingestion_params import SourceParams
-from compress.names import is_hub_name, nearest
+from compress.names import OWN_TEACHER, is_hub_name, nearest
 from compress.overrides import apply
 from compress.stages import STAGES, Stage, find, params_model
 from compress.validation import check, shown
@@ -44,6 +44,7 @@ SECTIONS = {
     "gate": ("evaluate", "gate"),
     "bench": ("deploy.bench", "local"),
 }
+TeacherName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
 STEP_SLOTS = ("data", "model")  # a step replaces one of these
 
 
@@ -90,6 +91,11 @@ class _Head(Params):
     description: str = Field("", description="what it is for, in a sentence or two")
     seed: int = Field(0, ge=0, lt=2**32, description="the only source of randomness")
     teacher: str | None = Field(None, description="model folder, hub name or endpoint")
+    teachers: dict[TeacherName, str] = Field(
+        default_factory=dict,
+        description="more teachers by name, for steps that learn from several or from one of these: as teacher, "
+        "of the same tokenizer",
+    )
     teacher_config: str | None = Field(
         None, description="a config.json like the teacher's, so that plan can foretell before a hub model is fetched"
     )
@@ -197,6 +203,8 @@ def _validated(document: Document, path: Path, table: Sequence[Stage]) -> Profil
     if head is not None and not document.problems:
         _check_metrics(document, sections["gate"])
         _check_judgement(document, head, sections)
+    if head is not None:
+        _check_teachers(document, head, steps)
     if head is None or document.problems:
         return None
     gate = [{name: value for name, value in limit.items() if value is not None} for limit in sections.pop("gate")]
@@ -276,6 +284,18 @@ def _check_metrics(document: Document, limits: Sequence[dict[str, Any]]) -> None
             )
 
 
+def _check_teachers(document: Document, head: _Head, steps: Sequence[Step]) -> None:
+    """Complain of a name that ``teacher`` has already, and of steps that learn from a teacher that nobody named."""
+    if OWN_TEACHER in head.teachers:
+        document.complain(("teachers", OWN_TEACHER), "is the name of the profile's own teacher", "another name")
+    known = [OWN_TEACHER, *head.teachers]
+    for index, step in enumerate(steps):
+        for name in step.params.get("mixture", {}):
+            if name not in known:
+                path: KeyPath = ("steps", index, step.stage, "mixture", name)
+                document.complain(path, "no teacher of that name", "one of " + ", ".join(known), nearest(name, known))
+
+
 def _check_judgement(document: Document, head: _Head, sections: dict[str, Any]) -> None:
     """Complain of limits that nothing could answer, and of a bundle that could be neither measured nor timed."""
     if document.problems:
@@ -333,10 +353,13 @@ def _place_paths(
 
     ``only`` restricts this to what an override has just set.
     """
-    for path in (("teacher",), ("teacher_config",), ("data",), *(("data", role) for role in ROLES), ("target",)):
+    named = document.value.get("teachers")
+    teachers = [("teachers", name) for name in named] if isinstance(named, dict) else []
+    roles = [("data", role) for role in ROLES]
+    for path in (("teacher",), *teachers, ("teacher_config",), ("data",), *roles, ("target",)):
         if only is not None and not any(path[: len(changed)] == changed for changed in only):
             continue
-        holder = document.value if len(path) == 1 else document.value.get("data")
+        holder = document.value if len(path) == 1 else document.value.get(path[0])
         text = holder.get(path[-1]) if isinstance(holder, dict) else None
         if isinstance(text, str) and text and (path != ("target",) or text.endswith(SUFFIXES)):
             holder[path[-1]] = _absolute(text, folder, otherwise)

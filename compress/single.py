@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from compress import doctor, hub, identities
 from compress.context import Params, StageContext, StageResult
 from compress.errors import DataError, ModelError, ParityError, StoreError, UserError
 from compress.files import file_sha256
-from compress.names import is_hub_name, nearest
+from compress.names import OWN_TEACHER, is_hub_name, nearest
 from compress.progress import Progress
 from compress.stages import Stage, load_function, methods
 
@@ -39,7 +39,8 @@ FINAL = (UserError, ParityError)
 class Request:
     """One stage to run: where its inputs lie, and where its output goes (None: nowhere, only the figures count).
 
-    ``teacher`` is text, as in a profile: a model folder, a hub name, an endpoint or a file of recorded replies.
+    ``teacher`` is text, as in a profile: a model folder, a hub name, an endpoint or a file of recorded replies;
+    ``teachers`` are more of them by name.
     """
 
     stage: Stage
@@ -47,6 +48,7 @@ class Request:
     inputs: Mapping[str, Path]
     out: Path | None = None
     teacher: str | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)
     target: Any = None
     seed: int = 0
     threads: int | None = None
@@ -94,6 +96,21 @@ def parse_inputs(given: Sequence[str], stage: Stage) -> dict[str, Path]:
             raise UserError("--in", f"two inputs for the slot {slot!r}", "one path for each of " + ", ".join(SLOTS))
         inputs[slot] = path
     return {_numbered(slot, at): path for at, (slot, path) in enumerate(inputs.items())}
+
+
+def parse_teachers(given: Sequence[str]) -> dict[str, str]:
+    """``--teachers`` values, each ``NAME=TEACHER``, as name -> teacher.
+
+    Raises:
+        UserError: not of that form, or a name twice or that of ``--teacher``.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, spec = text.partition("=")
+        if not name or not spec or name in found or name == OWN_TEACHER:
+            raise UserError("--teachers", f"got {text!r}", f"NAME=TEACHER, each name once and none {OWN_TEACHER!r}")
+        found[name] = spec
+    return found
 
 
 def _numbered(slot: str, at: int) -> str:
@@ -287,8 +304,10 @@ def _digest(request: Request) -> str:
     inputs = {slot: _identity(slot, path) for slot, path in request.inputs.items()}
     teacher = None if request.teacher is None else _teacher_identity(request.teacher)
     target = None if request.target is None else request.target.model_dump(mode="json")
+    others = {name: _teacher_identity(request.teachers[name]) for name in _named(request)}
     return identities.digest_of(
         {
+            **({"teachers": others} if others else {}),
             "stage": request.stage.name,
             "version": request.stage.version,
             "params": request.params.model_dump(mode="json"),
@@ -300,17 +319,23 @@ def _digest(request: Request) -> str:
     )
 
 
+def _named(request: Request) -> list[str]:
+    """Those of ``teachers`` that the parameters name; a name that is not given is the stage's to refuse."""
+    return [name for name in getattr(request.params, "mixture", {}) if name in request.teachers]
+
+
 def _run(request: Request, scratch: Path, work: Path, progress: Progress) -> StageResult:
     stage = request.stage
     made = scratch / "out"
     made.mkdir()
     work.mkdir(exist_ok=True)
     threads = request.threads or doctor.cores()
-    teacher = None
+    teacher, teachers = None, {}
     if request.teacher is not None and stage.wants_teacher:
         from compress.teachers import open_teacher  # loads when a stage uses it
 
         teacher = open_teacher(request.teacher, threads=threads)
+        teachers = {name: open_teacher(request.teachers[name], threads=threads) for name in _named(request)}
     context = StageContext(
         name=stage.name,
         inputs={slot: _as_rows(slot, path, scratch) for slot, path in request.inputs.items()},
@@ -319,6 +344,7 @@ def _run(request: Request, scratch: Path, work: Path, progress: Progress) -> Sta
         seed=request.seed,
         progress=progress,
         teacher=teacher,
+        teachers=teachers,
         target=request.target,
         threads=threads,
     )

@@ -315,7 +315,8 @@ class _TextTeacher:
 
 
 class EndpointTeacher(_TextTeacher):
-    """An OpenAI-compatible server. It answers; it neither scores given text nor continues tokens.
+    """An OpenAI-compatible server. It answers; it neither scores given text nor continues tokens. Distillation asks its
+    ``client`` for the likeliest tokens of given rows, see ``endpoint_logprobs``.
 
     ``options`` go to `compress.endpoint.ChatClient`.
     """

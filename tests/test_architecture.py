@@ -25,7 +25,9 @@ ALLOWED = {
         "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",
         "compress.answers",
     ),
-    "compress.model": ("compress.model", *SHARED, "compress.encoding", "compress.teachers"),
+    "compress.model": (
+        "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint_logprobs",
+    ),
     "compress.errors": (),
     "compress.files": (),
     "compress.names": (),

@@ -3,8 +3,8 @@
 `cross_entropy`, `forward_kl` and `divergence` (any of the table in ``divergences``) take logits and return loss and
 gradient in closed form; `combined` mixes them; `fused_loss` takes hidden states at the kept positions and the output
 head, and runs them in chunks of positions, so that the matrix positions x vocabulary never exists whole. A teacher's
-target is `Dense` (all log-probabilities), `Sparse` (top k and the mass of the rest) or `States` (its hidden states,
-turned into `Dense` chunk by chunk). Knows nothing of models, rows, caches or optimizers.
+target is `Dense` (all log-probabilities), `Sparse` (top k and the mass of the rest), `Sampled` (a few draws) or
+`States` (its hidden states, turned into `Dense` chunk by chunk). Knows nothing of models, rows, caches or optimizers.
 
 Shapes: N kept positions, V vocabulary that the tokenizer can produce, K cached entries, H width, B rows. Units: nats.
 """
@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
 from compress.model.distillation.divergences import (
     PLAIN,
     Buckets,
@@ -29,6 +30,7 @@ from compress.model.distillation.divergences import (
 )
 from compress.model.distillation.kernels import low
 from compress.model.distillation.logit_map import IDENTITY, LogitMap
+from compress.model.distillation.sampled import Sampled, kl_at
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cache of a server, small beside a model
 
@@ -36,7 +38,7 @@ CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, inside the cach
 class Targets(Protocol):
     """What the teacher says at N positions; `narrow` gives the part that a chunk of positions needs."""
 
-    def narrow(self, start: int, stop: int) -> Dense | Sparse: ...
+    def narrow(self, start: int, stop: int) -> Dense | Sparse | Sampled: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     return loss, grad
 
 
-def forward_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def forward_kl(logits: Tensor, targets: Dense | Sparse | Sampled, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """KL(teacher || student at ``temperature``): loss (N,), gradient with respect to ``logits`` (N, V).
 
     The teacher's log-probabilities must have been taken at the same temperature.
@@ -177,6 +179,8 @@ def forward_kl(logits: Tensor, targets: Dense | Sparse, *, temperature: float = 
     scaled = logits if temperature == 1.0 else logits / temperature
     if isinstance(targets, Dense):
         loss, grad = _kl_dense(scaled, targets)
+    elif isinstance(targets, Sampled):
+        loss, grad = kl_at(scaled, torch.logsumexp(scaled, dim=-1, keepdim=True), targets, 1.0)
     else:
         loss, grad = _kl_sparse(scaled, torch.logsumexp(scaled, dim=-1, keepdim=True), targets, 1.0)
     return loss, grad if temperature == 1.0 else grad / temperature
@@ -210,7 +214,7 @@ def _kl_sparse(logits: Tensor, lse: Tensor, targets: Sparse, share: float) -> tu
 
 def divergence(
     logits: Tensor,
-    targets: Dense | Sparse,
+    targets: Dense | Sparse | Sampled,
     rule: Rule,
     numbers: Numbers,
     *,
@@ -224,7 +228,13 @@ def divergence(
     and q_j (s_tail / q_tail - S) within the bucket of the others (see `_kl_sparse`): one softmax, whatever the rule.
     With ``shares`` (a, c) the gradient is a q + c times that, so that a cross-entropy's softmax comes along. ``logits``
     are divided by ``temperature`` first and the gradient is by them as given; targets are of that temperature.
+
+    Raises:
+        ModelError: draws as target: no divergence but KL(teacher || student) is linear in the teacher's probabilities,
+            so its mean over draws is something else.
     """
+    if isinstance(targets, Sampled):
+        raise _drawn()
     scaled = logits if temperature == 1.0 else logits / temperature
     base, share = shares
     lse = torch.logsumexp(scaled, dim=-1, keepdim=True)  # (N, 1)
@@ -251,10 +261,14 @@ def divergence(
     return terms.sum(dim=-1), kl, lse, grad if grad is None or temperature == 1.0 else grad.div_(temperature)
 
 
+def _drawn() -> ModelError:
+    return ModelError("codec", "sample, with another divergence", "KL(teacher || student)", "Set codec: topk")
+
+
 def combined(
     logits: Tensor,
     labels: Tensor,
-    targets: Dense | Sparse | None,
+    targets: Dense | Sparse | Sampled | None,
     weights: LossWeights,
     *,
     numbers: Numbers | None = None,
@@ -290,7 +304,7 @@ def combined(
 
 
 def _plain_at_one(
-    logits: Tensor, labels: Tensor, targets: Dense | Sparse, weights: LossWeights, _: Rule, __: Numbers
+    logits: Tensor, labels: Tensor, targets: Dense | Sparse | Sampled, weights: LossWeights, _: Rule, __: Numbers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`combined` with the forward KL at temperature 1: both losses share one softmax, in the fewest passes.
 
@@ -305,6 +319,8 @@ def _plain_at_one(
         finite = targets.logprobs.clamp_min(torch.finfo(logits.dtype).min)
         kl = (teacher * (finite - (logits - lse))).sum(dim=-1)
         grad = (logits - lse).exp_().sub_(teacher, alpha=share)
+    elif isinstance(targets, Sampled):
+        kl, grad = kl_at(logits, lse, targets, share)
     else:
         kl, grad = _kl_sparse(logits, lse, targets, share)
     ce = _with_labels(logits, lse, labels, weights, grad)
@@ -312,7 +328,12 @@ def _plain_at_one(
 
 
 def _mixed_at_one(  # noqa: PLR0917 - tensors, targets, weights, and the divergence's two
-    logits: Tensor, labels: Tensor, targets: Dense | Sparse, weights: LossWeights, rule: Rule, numbers: Numbers
+    logits: Tensor,
+    labels: Tensor,
+    targets: Dense | Sparse | Sampled,
+    weights: LossWeights,
+    rule: Rule,
+    numbers: Numbers,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`combined` at temperature 1 with any divergence, whose softmax is the cross-entropy's too."""
     share = weights.kd_weight
@@ -450,10 +471,12 @@ def _adapted(  # noqa: PLR0917 - as `fused_loss`
     return adaptive_skew(log_p, log_q, counts, own, skew=weights.number)[:, None]
 
 
-def _label_logprobs(targets: Dense | Sparse, labels: Tensor, vocab: int) -> Tensor:
+def _label_logprobs(targets: Dense | Sparse | Sampled, labels: Tensor, vocab: int) -> Tensor:
     """The teacher's log-probability of ``labels`` (n, 1), (n,); outside the top k an even share of the tail."""
     if isinstance(targets, Dense):
         return targets.logprobs.gather(1, labels)[:, 0]
+    if isinstance(targets, Sampled):
+        raise _drawn()
     here = targets.ids == labels  # (n, K), at most one per row
     inside = torch.where(here, targets.logprobs, -torch.inf).amax(dim=-1)
     outside = targets.log_tail - math.log(max(1, vocab - targets.ids.shape[1]))

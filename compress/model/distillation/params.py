@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from compress.context import Params
 
 SIZES = ("layers", "heads", "kv_heads", "head_dim", "ffn", "hidden")
 DEFAULT_RATIO = 0.5
+TOP_K, SAMPLES = 32, 12
 DivergenceName = Literal["forward_kl", "reverse_kl", "cakld", "jsd", "skew_kl", "skew_reverse_kl", "skew_pair"]
 # which parameter is a divergence's number, and what it is when left out (cakld: the teacher's confidence, measured)
 NUMBERS = {"cakld": "reverse_share", "jsd": "beta", "skew_kl": "skew", "skew_reverse_kl": "skew", "skew_pair": "skew"}
@@ -104,8 +105,32 @@ class LogitsParams(Params):
     targets: Literal["cache", "online"] = Field(
         "cache", description="run the teacher once and store what it says, or run it in every step"
     )
+    codec: Literal["topk", "sample"] = Field(
+        "topk",
+        description="what the cache keeps of a distribution. topk: the likeliest tokens and the mass of all others; "
+        "sample: tokens drawn from it, with counts: fewer bytes, and the right gradient on average",
+    )
     top_k: int = Field(
-        32, ge=1, le=1 << 16, description="entries of the cache per token; the mass of all others is stored too"
+        TOP_K, ge=1, le=1 << 16, description="codec topk: entries per token; the mass of all others is stored too"
+    )
+    samples: int = Field(SAMPLES, ge=1, le=255, description="codec sample: draws per token, at most 3 bytes each")
+    mixture: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
+        default_factory=dict,
+        description="whom to learn from: weights of teachers by their names in the profile's teachers, and teacher for "
+        "the profile's own; their probabilities are mixed. Left out: the profile's own alone",
+    )
+    routing: Literal["fixed", "loss", "entropy", "column"] = Field(
+        "fixed",
+        description="weights per row. loss: heavier where a teacher's loss on the labels is lower; entropy: where it "
+        "is surer; column: as the row says in routing_column. All on top of the weights of mixture",
+    )
+    routing_temperature: float = Field(
+        0.1, gt=0, le=100, description="routing by loss or entropy: nats per token that make a weight e times smaller"
+    )
+    routing_column: str | None = Field(
+        None,
+        pattern=r"^(source|label|meta\.[^.]+(\.[^.]+)*)$",
+        description="routing by column: source, label or meta.KEY of a row: a teacher's name, or names with weights",
     )
 
     validation_share: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
@@ -125,6 +150,35 @@ class LogitsParams(Params):
         if self.head_dim is not None and self.init != "scratch":
             raise ValueError("head_dim can be chosen with init: scratch only; cut-down heads keep their size")
         return self
+
+    @model_validator(mode="after")
+    def _targets_fit_together(self) -> LogitsParams:
+        if self.codec == "sample" and self.targets == "online":
+            raise ValueError("codec: sample is how a cache is stored; with targets: online there is none")
+        if self.codec == "sample" and self.top_k != TOP_K:
+            raise ValueError("top_k is for codec: topk; with codec: sample give samples")
+        if self.codec == "topk" and self.samples != SAMPLES:
+            raise ValueError("samples is for codec: sample; with codec: topk give top_k")
+        if self.codec == "sample" and self.divergence != "forward_kl":
+            raise ValueError(
+                f"codec: sample needs divergence forward_kl, which draws do not bias; got {self.divergence}"
+            )
+        if self.mixture and not any(self.mixture.values()):
+            raise ValueError("mixture gives every teacher the weight 0")
+        if self.mixture and (self.hidden_weight or self.attention_weight):
+            raise ValueError("hidden_weight and attention_weight need the profile's own teacher alone, without mixture")
+        if self.mixture and self.number is None:
+            raise ValueError("cakld with mixture: give reverse_share; the confidence is measured of one teacher")
+        if self.routing != "fixed" and len(self.voices) < 2:
+            raise ValueError(f"routing: {self.routing} is between teachers: name at least two in mixture")
+        if (self.routing == "column") != (self.routing_column is not None):
+            raise ValueError("routing: column and routing_column go together")
+        return self
+
+    @property
+    def voices(self) -> dict[str, float]:
+        """The teachers that count, and their weights; ``teacher`` is the profile's own."""
+        return {name: weight for name, weight in (self.mixture or {"teacher": 1.0}).items() if weight}
 
     @model_validator(mode="after")
     def _loss_fits_together(self) -> LogitsParams:

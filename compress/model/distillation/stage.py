@@ -7,9 +7,10 @@ the training's state) lies in the work folder. Knows nothing of profiles or of t
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from compress.context import StageContext, StageResult
 from compress.encoding import ids_of_source, load_tokenizer, token_rows
@@ -22,14 +23,9 @@ from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.students import start_student
-from compress.model.distillation.targets import (
-    TargetFn,
-    check_rows_fit,
-    local_folder,
-    shared_vocabulary,
-    teacher_targets,
-)
+from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import TrainReport, threads, train
+from compress.model.distillation.voices import Lesson, heard, targets_of
 from compress.model.shapes import shape_of
 
 TRAINING_LOG = "training.jsonl"
@@ -45,16 +41,17 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    folder = local_folder(ctx.teacher.folder, where=ctx.name)
-    check_folder(folder)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)
-    tokenizer = load_tokenizer(folder)
+    if params.kd_weight or params.hidden_weight or params.attention_weight:
+        heard(params, ctx)  # refused before anything is loaded
+    home = _home(ctx, start)
+    tokenizer = load_tokenizer(home)
     rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=params.max_tokens, truncate=params.truncate)
     rows = [row.learning(params.learn) for row in rows]
     with threads(ctx.threads):
-        teacher = load_model(folder)
+        teacher = load_model(home)
         student, notes = start_student(teacher, rows, params, checkpoint=start, seed=ctx.seed, where=ctx.name)
         configs = teacher.config.to_dict(), student.config.to_dict()
         own = tokenizer if start is None else load_tokenizer(start)
@@ -64,35 +61,43 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
         if params.divergence == "skew_pair" and table.own is None:
             notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
         check_rows_fit(table, configs, where=ctx.name)
-        before = count_parameters(teacher)
-        settings, target_fn, figures = _lesson(params, ctx, teacher, student, table, tokenizer)
+        before = {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
+        lesson = Lesson(table, [row.id for row in rows], tokenizer)
+        settings, target_fn, figures = _taught(params, ctx, teacher, student, lesson)
         log = ctx.work / TRAINING_LOG
         with projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
             report = train(student, target_fn, table, settings, ctx, log, vocab=vocab)
-    figures |= {"parameters": count_parameters(student), "parameters_teacher": before}
+    figures |= before | {"parameters": count_parameters(student)}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
-    save_model(student, ctx.out, tokenizer_from=start or folder, metadata=metadata | {"training": _lasting(report)})
+    save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
 
 
-def _lesson(  # noqa: PLR0917 - both models, and what they see
-    params: LogitsParams,
-    ctx: StageContext,
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    table: RowTable,
-    tokenizer: PreTrainedTokenizerFast,
+def _home(ctx: StageContext, start: Path | None) -> Path:
+    """The folder whose tokenizer makes the rows: the teacher's, or the student's own where an endpoint teaches it.
+
+    Raises:
+        ModelError: the teacher has no weights at hand and there is no student to go on from.
+    """
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    if ctx.teacher.folder is None and start is not None:
+        return start
+    folder = local_folder(ctx.teacher.folder, where=ctx.name)
+    check_folder(folder)
+    return folder
+
+
+def _taught(
+    params: LogitsParams, ctx: StageContext, teacher: PreTrainedModel, student: PreTrainedModel, lesson: Lesson
 ) -> tuple[TrainSettings, TargetFn | None, dict[str, Any]]:
     """What the trainer is told, the teacher's side of it, and figures about that."""
-    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
+    share = confidence(teacher, lesson.table, ctx.seed) if params.kd_weight and params.number is None else None
     settings = train_settings(params, ctx.seed, share)
     if not settings.loss.wants_teacher:
         return settings, None, {}
-    named, cache = (tokenizer, ctx.teacher.identity), ctx.work / "targets"
-    target_fn, figures = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+    target_fn, figures = targets_of(params, ctx, lesson, teacher)
     if settings.loss.wants_features:
         target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
     return settings, target_fn, figures if share is None else figures | {"confidence": share}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,12 +20,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.errors import ModelError
-from compress.model.distillation.cache import CacheHeader, Coded, TargetCache, encode, shards
+from compress.model.distillation.cache import CacheHeader, CodecName, Coded, TargetCache, encode_for, joined, shards
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.logit_map import logit_map
-from compress.model.distillation.losses import States, Targets
+from compress.model.distillation.losses import Dense, States, Targets
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
 from compress.model.distillation.resume import kept_choice, value_digest
+from compress.model.distillation.sampled import Drawn
 from compress.model.distillation.settings import Precision, choose_bf16
 from compress.model.layers import output_head
 
@@ -54,6 +56,31 @@ class TargetParams(Protocol):
     def precision(self) -> Precision: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How a cache stores what the teacher says: ``top_k`` entries, or ``samples`` draws by ``seed``."""
+
+    name: CodecName = "topk"
+    top_k: int = 32
+    samples: int = 12
+    seed: int = 0
+
+
+class DenseTargets(Protocol):
+    """Targets that hold all log-probabilities."""
+
+    def narrow(self, start: int, stop: int) -> Dense: ...
+
+
+class Online(Protocol):
+    """Whoever can say all log-probabilities of a batch: one teacher, or a mixture of several."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, batch: Batch) -> DenseTargets: ...
+
+
 class OnlineTargets:
     """Runs the teacher on every batch."""
 
@@ -62,6 +89,11 @@ class OnlineTargets:
         self.head = output_head(teacher).weight[:vocab]  # padded rows of the vocabulary take no probability
         self.temperature, self.dtype = temperature, torch.bfloat16 if bf16 else torch.float32
         self.logits = logit_map(teacher)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return self.head.device
 
     def __call__(self, batch: Batch) -> States:
         if self.head.device != batch.input_ids.device:  # the trainer has moved the student to a GPU
@@ -87,11 +119,11 @@ class CachedTargets:
     def __call__(self, batch: Batch) -> Targets:
         before = torch.cumsum(batch.counts, 0) - batch.counts  # targets of the batch before each row
         shift = torch.repeat_interleave(self.first[batch.rows] - before, batch.counts)
-        sparse = self.cache.take(shift + torch.arange(len(shift)))
+        found = self.cache.take(shift + torch.arange(len(shift)))
         device = batch.labels.device
         if device.type == "cpu":
-            return sparse
-        return type(sparse)(sparse.ids.to(device), sparse.logprobs.to(device), sparse.log_tail.to(device))
+            return found
+        return type(found)(*(getattr(found, field.name).to(device) for field in fields(found)))
 
 
 def teacher_targets(
@@ -102,10 +134,11 @@ def teacher_targets(
     named: tuple[Any, str],
     folder: Path,
     progress: Progress,
+    codec: Codec | None = None,
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures about it; a cache is made in ``folder``, or gone on with.
 
-    ``named`` is the tokenizer that made the rows and the teacher's identity.
+    ``named`` is the tokenizer that made the rows and the teacher's identity. Without ``codec``: top-k.
     """
     online_too = params.targets == "online"  # then it follows the student to its device; a cache is filled here
     device = None if online_too else teacher.device.type
@@ -116,61 +149,90 @@ def teacher_targets(
     online = OnlineTargets(teacher, vocab=table.vocab, temperature=params.temperature, bf16=bf16)
     if online_too:
         return online, {}
-    tokenizer, identity = named
-    about = cache_header(
-        tokenizer, teacher=identity, vocab=table.vocab, top_k=params.top_k, temperature=params.temperature
-    )
-    cache = TargetCache(folder, about)
+    codec = codec or Codec(top_k=params.top_k)
+    about = cache_header(named, vocab=table.vocab, codec=codec, temperature=params.temperature)
+    return cached_targets(TargetCache(folder, about), table, online, progress)
+
+
+def cached_targets(
+    cache: TargetCache, table: RowTable, online: Online, progress: Progress
+) -> tuple[CachedTargets, dict[str, Any]]:
+    """``cache`` filled with what ``online`` says of ``table``, as the trainer asks it, and figures about it."""
     fill_cache(cache, table, online, progress)
-    return CachedTargets(cache, table), {
-        "target_bytes_per_token": about.bytes_per_token,
+    return CachedTargets(cache, table), cache_figures(cache)
+
+
+def cache_figures(cache: TargetCache) -> dict[str, Any]:
+    """What a target token takes by the layout (with codec ``sample`` at most), and what it took on the disk."""
+    return {
+        "target_bytes_per_token": cache.header.bytes_per_token,
+        "target_bytes_per_token_stored": round(cache.stored_bytes / cache.positions, 2),
         "target_positions": cache.positions,
     }
 
 
-def fill_cache(cache: TargetCache, table: RowTable, online: OnlineTargets, progress: Progress) -> None:
+def fill_cache(cache: TargetCache, table: RowTable, online: Online, progress: Progress) -> None:
     """Compute what ``cache`` lacks of ``table``; killed and run again, it goes on at the next shard.
 
     Shards and batches are cut from all rows before those already stored are skipped, so that a resumed cache
     holds the very bits of an unbroken one (a product's last bit depends on the size of its batch).
     """
+    fill_by(cache, table, lambda rows: _coded(rows, table, online, cache.header), progress, size=SHARD_POSITIONS)
+
+
+def fill_by(
+    cache: TargetCache,
+    table: RowTable,
+    code: Callable[[Indices], Coded | Drawn],
+    progress: Progress,
+    *,
+    size: int,
+) -> None:
+    """`fill_cache` with ``code``, which gives the coded targets of rows, in shards of ``size`` positions."""
     keys = [table.key(row) for row in range(len(table))]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}  # equal rows are computed once
     rows = np.array(sorted(first.values(), key=lambda row: (table.lengths[row], keys[row])), dtype=np.int64)
     with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
-        for piece in shards(table.counts[rows].tolist(), SHARD_POSITIONS):
+        for piece in shards(table.counts[rows].tolist(), size):
             run = rows[piece]
             if not all(keys[row] in cache for row in run):
-                cache.append([keys[row] for row in run], table.counts[run].tolist(), _coded(run, table, online, cache))
+                cache.append([keys[row] for row in run], table.counts[run].tolist(), code(run))
             bar.advance(int(table.lengths[run].sum()))
 
 
-def _coded(rows: Indices, table: RowTable, online: OnlineTargets, cache: TargetCache) -> Coded:
+def _coded(rows: Indices, table: RowTable, online: Online, header: CacheHeader) -> Coded | Drawn:
     """Teacher's coded targets of ``rows`` (sorted by length), in their order."""
-    device = online.head.device
     parts = []
     for piece in cut(rows, table.lengths, TEACHER_TOKENS):
-        states = online(table.batch(piece).to(device))
-        count = states.hidden.shape[0]
-        step = max(1, (1 << 22) // cache.header.vocab)
+        said = online(table.batch(piece).to(online.device))
+        count = int(table.counts[piece].sum())
+        offsets = None
+        if header.codec == "sample":
+            offsets = torch.cat([header.offsets(table.key(row), int(table.counts[row])) for row in piece])
+        step = max(1, (1 << 22) // header.vocab)
         for start in range(0, count, step):
-            dense = states.narrow(start, min(start + step, count))
-            coded = encode(dense.logprobs.cpu(), cache.header.top_k)
-            if not bool(torch.isfinite(coded.logprobs[:, 0]).all()):
+            stop = min(start + step, count)
+            logprobs = said.narrow(start, stop).logprobs
+            if bool(torch.isnan(logprobs[:, 0]).any()):  # one NaN or infinite logit makes its whole row NaN
                 raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
-            parts.append(coded)
-    return Coded(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "logprobs", "log_tail")))
+            parts.append(encode_for(header, logprobs.cpu(), None if offsets is None else offsets[start:stop]))
+    return joined(parts)
 
 
-def cache_header(tokenizer: Any, *, teacher: str, vocab: int, top_k: int, temperature: float) -> CacheHeader:
-    """Header of the cache of the teacher with identity ``teacher``, for rows made with ``tokenizer``."""
+def cache_header(named: tuple[Any, str], *, vocab: int, codec: Codec, temperature: float) -> CacheHeader:
+    """Header of the cache of a teacher; ``named`` is the tokenizer that made the rows, and the teacher's identity."""
+    tokenizer, identity = named
+    draws = codec.name == "sample"
     return CacheHeader(
-        teacher=teacher,
+        teacher=identity,
         tokenizer=value_digest(tokenizer.get_vocab()),
         template=value_digest(tokenizer.chat_template),
         vocab=vocab,
-        top_k=min(top_k, vocab),
+        top_k=0 if draws else min(codec.top_k, vocab),
         temperature=temperature,
+        codec=codec.name,
+        samples=codec.samples if draws else 0,
+        seed=codec.seed if draws else 0,
     )
 
 
@@ -211,13 +273,14 @@ def local_folder(folder: Path | None, *, where: str) -> Path:
     """The folder of a teacher that must be at hand as weights.
 
     Raises:
-        ModelError: the teacher is an endpoint or a recording.
+        ModelError: the teacher is a recording, or an endpoint where a model is needed.
     """
     if folder is None:
         raise ModelError(
             where,
             "the teacher is not a local model, and distillation on logits needs all its log-probabilities",
-            "a teacher given as a model folder",
+            "a teacher given as a model folder; an endpoint can teach alone, and only a student that is there already "
+            "(init: checkpoint) or that a local teacher gives its shape (mixture: {NAME: 1})",
         )
     return folder
 
