@@ -93,6 +93,7 @@ def train_settings(params: LogitsParams, seed: int) -> TrainSettings:
         validation_share=params.validation_share,
         validation_rows=params.validation_rows,
         validations=params.validations,
+        patience=params.patience,
         keep=params.keep,
         precision=params.precision,
         seed=seed,
