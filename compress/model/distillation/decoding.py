@@ -42,7 +42,7 @@ class Decoder:
         """Read ``ids`` (B, t) behind what was read before; returns their last hidden states (B, t, H)."""
         rows, count = ids.shape
         # rows that are over are still read until they are dropped, and must not run past the last slot
-        position = (self.at[:, None] + self.places[:count]).clamp_(max=self.slots - 1)  # (B, t)
+        position = (self.at[:, None] + torch.arange(count, device=ids.device)).clamp_(max=self.slots - 1)  # (B, t)
         end = min(self.slots, int(self.at.max()) + count)
         heads = torch.arange(rows * self.kv, device=ids.device).view(rows, 1, self.kv)
         flat = (heads * self.slots + position[..., None]).flatten()  # where the cache of a layer takes what is new
