@@ -58,7 +58,7 @@ class Decoder:
 
     def _mask(self, position: Tensor, end: int, window: int | None) -> Tensor:
         """What is added to the attention scores, (B * kv, group * t, end): 0 at slots that are seen, else -inf."""
-        rows, count = position.shape
+        rows = position.shape[0]
         slot = self.places[:end]
         hidden = slot > position[..., None]  # (B, t, end)
         if window is not None:
@@ -128,7 +128,7 @@ class _Layer:
         cache[0].view(-1, size).index_copy_(0, flat, turned[:, :, self.heads :].reshape(-1, size))
         cache[1].view(-1, size).index_copy_(0, flat, value.reshape(-1, size))
         keys, values = (part.flatten(0, 1)[:, : mask.shape[-1]] for part in cache.unbind())  # (B * kv, end, D)
-        asked = turned[:, :, : self.heads].unflatten(2, (self.kv, -1))  # (B, t, kv, group, D)
+        asked = turned[:, :, : self.heads].view(rows, count, self.kv, -1, size)  # (B, t, kv, group, D)
         asked = asked.permute(0, 2, 3, 1, 4).reshape(rows * self.kv, -1, size)  # (B * kv, group * t, D)
         scores = torch.baddbmm(mask, asked, keys.mT, alpha=self.scale)
         found = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values

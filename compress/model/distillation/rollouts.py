@@ -1,8 +1,8 @@
 """Answers that a student makes for training: alone, from a mixture with its teacher, or with the teacher's veto.
 
 `sample` draws from the student, or from (1 - teacher_mix) * student + teacher_mix * teacher (MiniLLM, Gu et al. 2024,
-section 2.2); `speculate` lets the student propose and the teacher replace what is outside its own ``top_k`` (speculative
-KD, Xu et al. 2024, algorithm 1), block by block: what stands before the first replaced token of a block is kept.
+section 2.2); `speculate` lets the student propose and the teacher replace what is outside its own ``top_k``
+(speculative KD, Xu et al. 2024, algorithm 1), block by block: what stands before the first replaced token of a block is kept.
 Every draw follows from (seed, step, row, place) alone, so that neither the batch that a row is in nor a resumed run
 changes it. Rows run together over a KV cache and leave when they are done. Knows nothing of losses or tokenizers.
 
@@ -86,7 +86,7 @@ class Drawing:
 
 
 def uniforms(seed: int, step: int, row: int, count: int) -> npt.NDArray[np.float64]:
-    """Draws in [0, 1) for ``count`` places of a row: (2, count), from a counter-based generator (Salmon et al. 2011)."""
+    """Draws in [0, 1) for ``count`` places of a row: (2, count), from a generator that counts (Salmon et al. 2011)."""
     two = 1 << 64
     bits = np.random.Philox(key=[seed % two, row % two], counter=[0, 0, step % two, 0])
     return np.random.Generator(bits).random((count, 2)).T
@@ -216,9 +216,7 @@ class _Rows:
         made, logprobs = self.made.tolist(), self.logprobs.tolist()
         counts, own, finished = self.count.tolist(), self.own.tolist(), self.finished.tolist()
         return [
-            Rollout(
-                ask.row, (*ask.prompt, *made[i][:n]), len(ask.prompt), tuple(logprobs[i][:n]), finished[i], own[i]
-            )
+            Rollout(ask.row, (*ask.prompt, *made[i][:n]), len(ask.prompt), tuple(logprobs[i][:n]), finished[i], own[i])
             for i, (ask, n) in enumerate(zip(self.asks, counts, strict=True))
         ]
 

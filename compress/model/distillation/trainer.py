@@ -117,8 +117,8 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
     targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
     tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. ``source`` says what each step trains
-    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` whatever it says. The student
-    is in eval mode after.
+    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. The student is in
+    eval mode after.
 
     Raises:
         DataError: no rows, or a row without an answer token.
@@ -135,9 +135,7 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with threads(ctx.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        run = _Run(
-            student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name, source=source
-        )
+        run = _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name, source=source)
         return run.finish()
 
 
