@@ -117,8 +117,8 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
     targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
     tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. ``source`` says what each step trains
-    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. The student is in
-    eval mode after.
+    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. The student is
+    in eval mode after.
 
     Raises:
         DataError: no rows, or a row without an answer token.
