@@ -1,11 +1,12 @@
-"""Does a student that learns from its own text write what its teacher finds likely? Ways to distill at equal steps and time.
+"""Does a student that learns from its own text write what its teacher finds likely? At equal steps and equal time.
 
     python benchmarks/on_policy.py MODEL TEXTS --steps 150
 
 MODEL is a checkpoint folder, TEXTS a file of stories with <|endoftext|> between them. Every way starts from the same
-student of half the teacher's size and gets the same rows, steps and rate; ``logits, same time`` gets the rows for as many
-steps as fit into the time of GKD. ``shuffled`` is GKD towards a teacher of shuffled layers, the negative control. For
-each: the held-out KL to the teacher, and the teacher's loss on 64 texts that the student then writes, nats per token.
+student of half the teacher's size and gets the same rows, steps and rate; ``logits, same time`` gets the rows for as
+many steps as fit into the time of GKD. ``shuffled`` is GKD towards a teacher of shuffled layers, the negative control.
+For each: the held-out KL to its teacher, and the true teacher's loss on 64 texts that the student then writes, nats per
+token.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp())
     stories = [part.strip() for part in args.texts.read_text(encoding="utf-8").split("<|endoftext|>") if part.strip()]
+    (root / "data").mkdir()
     write_rows(root / "data", [make_row(text=text) for text in stories[TEXTS : TEXTS + 400]])
     tokenizer = load_tokenizer(args.model)
     unseen = [(1, *tokenizer(text, add_special_tokens=False)["input_ids"]) for text in stories[:TEXTS]]

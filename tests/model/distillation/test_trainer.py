@@ -473,7 +473,7 @@ def test_a_bad_learning_rate_is_caught_and_the_best_kept(context, optimizer):
     with pytest.raises(TrainingError, match=r"(diverges|is nan|is inf).*Lower learning_rate \(now 1\).*are kept in"):
         run(ctx, make(learning_rate=1.0, steps=120, optimizer=optimizer), teacher())
     assert (ctx.work / "training.best.safetensors").is_file()
-    # where the loss climbs too slowly for that, the plateau guard ends it, and what is kept is never worse than the start
+    # where the loss climbs too slowly for that, the plateau guard ends it; what is kept is no worse than the start
     settings = make(learning_rate=1.0, steps=200, optimizer=optimizer, validations=10, patience=3)
     _, report = run(context("hovering"), settings, teacher())
     assert report.steps < 200
