@@ -1,12 +1,12 @@
 """Does a student that learns from its own text write what its teacher finds likely? At equal steps and equal time.
 
-    python benchmarks/on_policy.py MODEL TEXTS --steps 150
+    python benchmarks/on_policy.py MODEL TEXTS --warm 300 --steps 80
 
 MODEL is a checkpoint folder, TEXTS a file of stories with <|endoftext|> between them. Every way starts from the same
-student of half the teacher's size and gets the same rows, steps and rate; ``logits, same time`` gets the rows for as
-many steps as fit into the time of GKD. ``shuffled`` is GKD towards a teacher of shuffled layers, the negative control.
-For each: the held-out KL to its teacher, and the true teacher's loss on 64 texts that the student then writes, nats per
-token.
+student of half the teacher's size, distilled for ``--warm`` steps on the rows, and gets the same rows, steps and rate;
+``logits, same time`` gets the rows for as many steps as fit into the time of GKD. ``shuffled`` is GKD towards a teacher
+of shuffled layers, the negative control. For each: the held-out KL to its teacher, and the true teacher's loss on 64
+texts that the student then writes, nats per token.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def shuffled(model: Path, folder: Path) -> Path:
 
 
 def one(
-    root: Path, name: str, way: Any, params: Any, *, teacher: Path, seed: int
+    root: Path, name: str, way: Any, params: Any, *, teacher: Path, seed: int, start: Path | None = None
 ) -> tuple[Path, float, dict[str, Any]]:
     """Run a way; its folder, training seconds and figures."""
     out, work = root / f"{name}-{seed}", root / f"{name}-{seed}-work"
@@ -70,7 +70,7 @@ def one(
     work.mkdir()
     ctx = StageContext(
         name=f"model.distillation.{name}",
-        inputs={"data": root / "data"},
+        inputs={"data": root / "data"} | ({} if start is None else {"model": start}),
         out=out,
         work=work,
         seed=seed,
@@ -78,9 +78,9 @@ def one(
         teacher=open_teacher(teacher),
         threads=1,
     )
-    start = time.process_time()
+    began = time.process_time()
     result = way(params, ctx)
-    return out, time.process_time() - start, result.metrics
+    return out, time.process_time() - began, result.metrics
 
 
 def main() -> None:
@@ -88,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--warm", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=0.5)
     args = parser.parse_args()
@@ -101,9 +103,13 @@ def main() -> None:
     unseen = [(1, *tokenizer(text, add_special_tokens=False)["input_ids"]) for text in stories[:TEXTS]]
     teacher, stops = load_model(args.model), stop_ids(tokenizer)
     no_teacher = shuffled(args.model, root / "shuffled")
-    base = {"steps": args.steps, "batch_tokens": 2048, "max_tokens": 128, "truncate": True, "learning_rate": 2e-3,
-            "validations": 4, "kd_weight": 1.0, "init": "teacher_layers", "prune_ratio": 0.5, "multiple_of": 4,
-            "targets": "online"}  # fmt: skip
+    common = {"batch_tokens": 2048, "max_tokens": 128, "truncate": True, "kd_weight": 1.0, "targets": "online"}
+    cold = {"steps": args.warm, "learning_rate": 4e-3, "validations": 2, "prune_ratio": 0.5, "multiple_of": 4}
+    start, took, figures = one(root, "start", distill, LogitsParams(**common, **cold), teacher=args.model, seed=99)
+    loss = teacher_loss(teacher, written(load_model(start), unseen, stops, len(tokenizer)))
+    print(f"the start: teacher's loss {loss:.3f}, KL {figures['validation_kl']:.3f}, {took:.1f} s", flush=True)
+    base = common | {"steps": args.steps, "learning_rate": args.rate, "validations": 4, "init": "checkpoint",
+                     "keep": "last"}  # fmt: skip
     own = {"on_policy_share": args.share, "prompt_tokens": PROMPT, "max_new_tokens": NEW}
     found: dict[str, list[tuple[float, float, float]]] = {}
     for seed in args.seeds:
@@ -121,9 +127,9 @@ def main() -> None:
             if chosen is None:
                 more = max(1, round(args.steps * seconds["gkd"] / seconds["logits"]))
                 chosen = LogitsParams(**(base | {"steps": more}))
-            out, took, figures = one(root, name, way, chosen, teacher=guide, seed=seed)
+            out, took, figures = one(root, name, way, chosen, teacher=guide, seed=seed, start=start)
             seconds[name] = took
-            loss = teacher_loss(teacher, written(load_model(out), unseen, stops, figures.get("vocab", len(tokenizer))))
+            loss = teacher_loss(teacher, written(load_model(out), unseen, stops, len(tokenizer)))
             found.setdefault(name, []).append((loss, figures["validation_kl"], took))
             line = {"way": name, "seed": seed, "teacher_loss": round(loss, 4), "kl": round(figures["validation_kl"], 4),
                     "seconds": round(took, 1), "steps": figures["steps"], "own": figures.get("own_tokens")}  # fmt: skip

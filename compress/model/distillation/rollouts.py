@@ -2,8 +2,8 @@
 
 `sample` draws from the student, or from (1 - mix) * student + mix * teacher (MiniLLM, Gu et al. 2024, section 2.2);
 `speculate` lets the student propose and the teacher replace what is outside its own ``top_k`` (speculative KD, Xu et
-al. 2024, algorithm 1), block by block: of a block stays what is before its first replaced token. Every draw follows from
-(seed, step, row, place) alone, so that neither the batch that a row is in nor a resumed run changes it. Rows run
+al. 2024, algorithm 1), block by block: of a block stays what is before its first replaced token. Every draw follows
+from (seed, step, row, place) alone, so that neither the batch that a row is in nor a resumed run changes it. Rows run
 together over a KV cache and leave when they are done. Knows nothing of losses or tokenizers.
 
 Shapes: B rows, V vocabulary, M most new tokens of a row.
