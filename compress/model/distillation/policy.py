@@ -1,8 +1,8 @@
-"""MiniLLM: the gradient of the reverse KL of whole answers, as a policy gradient (Gu et al. 2024, arXiv:2306.08543).
+"""MiniLLM: the gradient of the reverse KL of whole answers, as a policy gradient.
 
-`returns` is the reward of what follows each token, `policy_loss` the loss from hidden states, in chunks of positions
-like ``losses.fused_loss``. Pure functions: tensors in, sums and gradients out. Knows nothing of models or of how
-answers were made.
+Source: Gu et al. 2024 (arXiv:2306.08543). `returns` is the reward of what follows each token, `policy_loss` the loss
+from hidden states, in chunks of positions like ``losses.fused_loss``. Pure functions: tensors in, sums and gradients
+out. Knows nothing of models or of how answers were made.
 
 Shapes: B answers, N positions in all of them, V vocabulary, H width. Units: nats.
 """
