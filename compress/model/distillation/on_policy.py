@@ -104,7 +104,6 @@ class AnswerSource:
     def __init__(
         self,
         table: RowTable,
-        target_fn: TargetFn | None,
         asked: Sequence[Prompt],
         settings: AnswerSettings,
         *,
@@ -113,6 +112,7 @@ class AnswerSource:
         made_loss: MadeLoss,
         watch: Health,
         stops: Sequence[int],
+        target_fn: TargetFn | None = None,
     ) -> None:
         """``table``, ``target_fn``: the rows given; ``asked``: their prompts; ``make`` answers them.
 

@@ -110,7 +110,6 @@ def _source(
     given = [row.ids[len(prompt) :] for row, (prompt, _) in zip(lesson.rows, asked, strict=True)]
     return AnswerSource(
         table,
-        lesson.target_fn,
         asked,
         _settings(params, lesson),
         make=maker(lesson, drawing),

@@ -38,7 +38,9 @@ _TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every ru
 
 
 class ReportingSource(BatchSource, Protocol):
-    """A source that has something to say in the end."""
+    """A source that is made before the teacher's targets for the rows are, and has something to say in the end."""
+
+    target_fn: TargetFn | None
 
     def report(self) -> tuple[dict[str, float], list[str]]:
         """Figures and notes for the user."""
@@ -47,7 +49,7 @@ class ReportingSource(BatchSource, Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a source of batches is made from."""
+    """What a source of batches is made from, before the teacher is at work: what cannot work is refused early."""
 
     ctx: StageContext
     settings: TrainSettings
@@ -56,7 +58,6 @@ class Lesson:
     tokenizer: PreTrainedTokenizerFast
     rows: Sequence[TokenRow]
     table: RowTable
-    target_fn: TargetFn | None
 
 
 def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
@@ -97,6 +98,9 @@ def distill_from(
         vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
         table = RowTable(learned, vocab=vocab, where=ctx.name)
         check_rows_fit(table, configs, where=ctx.name)
+        told, source = train_settings(params, ctx.seed), None
+        if source_of is not None:
+            source = source_of(Lesson(ctx, told, teacher, student, tokenizer, rows, table))
         before = count_parameters(teacher)
         target_fn: TargetFn | None = None
         figures: dict[str, Any] = {}
@@ -105,9 +109,8 @@ def distill_from(
             target_fn, figures = teacher_targets(
                 teacher, table, params, named=named, folder=cache, progress=ctx.progress
             )
-        told, source = train_settings(params, ctx.seed), None
-        if source_of is not None:
-            source = source_of(Lesson(ctx, told, teacher, student, tokenizer, rows, table, target_fn))
+        if source is not None:
+            source.target_fn = target_fn
         del teacher  # with cached targets this frees its memory before training
         log = ctx.work / TRAINING_LOG
         report = train(student, target_fn, table, told, ctx, log, vocab=vocab, source=source)

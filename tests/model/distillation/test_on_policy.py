@@ -71,7 +71,6 @@ def source_of(student, targets, *, rows=ROWS, weights=None, **changes):
     drawing = Drawing(VOCAB, STOPS, 3)
     return AnswerSource(
         RowTable(rows, vocab=VOCAB),
-        targets,
         asked,
         settings,
         make=lambda asks: sample(student, asks, drawing),
@@ -79,6 +78,7 @@ def source_of(student, targets, *, rows=ROWS, weights=None, **changes):
         made_loss=divergence(weights or LossWeights(1.0)),
         watch=Health(health([row.ids[len(row.prompt) :] for row in rows], STOPS), where="run", stop=settings.stop),
         stops=STOPS,
+        target_fn=targets,
     )
 
 
@@ -321,8 +321,10 @@ def test_stage_refuses_what_cannot_work(ready):
 
     with pytest.raises(ModelError, match="the teacher is not a local model"):
         on_policy_stage.gkd(GkdParams(**QUICK), ready("a", teacher=Endpoint()))
+    ctx = ready("b")
     with pytest.raises(DataError, match="leaves room for"):
-        on_policy_stage.gkd(GkdParams(**QUICK, max_new_tokens=250), ready("b"))
+        on_policy_stage.gkd(GkdParams(**QUICK, max_new_tokens=250), ctx)
+    assert not any(ctx.work.iterdir())  # before the teacher has worked
 
 
 @pytest.mark.parametrize(
