@@ -43,6 +43,12 @@ class OnPolicyParams(LogitsParams):
 class GkdParams(OnPolicyParams):
     """Generalized KD (Agarwal et al. 2024): the divergence also on the student's own answers."""
 
+    made_reverse_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of KL(student || teacher) in the divergence on made answers (default: as on the rows given)",
+    )
     buffer_rows: int = Field(1024, ge=0, le=1 << 20, description="made answers that are kept for use again; 0: none")
     replay_share: float = Field(
         0.0, ge=0, lt=1, description="share of the steps on made answers that take them from those kept"

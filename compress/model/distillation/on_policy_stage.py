@@ -7,10 +7,12 @@ Knows nothing of profiles or of the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from compress.context import StageContext, StageResult
 from compress.encoding import stop_ids
+from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.on_policy import (
     AnswerSettings,
     AnswerSource,
@@ -42,7 +44,7 @@ def gkd(params: GkdParams, ctx: StageContext) -> StageResult:
     def maker(lesson: Lesson, drawing: Drawing) -> Maker:
         return lambda asks: sample(lesson.student, asks, drawing)
 
-    return distill_from(params, ctx, partial(_source, params, maker))
+    return distill_from(params, ctx, partial(_source, params, maker, loss=partial(_own_divergence, params)))
 
 
 def speculative(params: SpeculativeParams, ctx: StageContext) -> StageResult:
@@ -59,7 +61,7 @@ def speculative(params: SpeculativeParams, ctx: StageContext) -> StageResult:
 
         return make
 
-    return distill_from(params, ctx, partial(_source, params, maker))
+    return distill_from(params, ctx, partial(_source, params, maker, loss=partial(_own_divergence, params)))
 
 
 def minillm(params: MiniLlmParams, ctx: StageContext) -> StageResult:
@@ -77,7 +79,13 @@ def minillm(params: MiniLlmParams, ctx: StageContext) -> StageResult:
         return make
 
     told = PolicySettings(params.discount, params.length_normalize, params.largest_weight)
-    return distill_from(params, ctx, partial(_source, params, maker, loss=policy(told), temperature=1.0))
+    return distill_from(params, ctx, partial(_source, params, maker, loss=lambda _: policy(told), temperature=1.0))
+
+
+def _own_divergence(params: GkdParams, weights: LossWeights) -> MadeLoss:
+    if params.made_reverse_share is not None:
+        weights = replace(weights, reverse_share=params.made_reverse_share)
+    return divergence(weights)
 
 
 def _source(
@@ -85,10 +93,10 @@ def _source(
     maker: Callable[[Lesson, Drawing], Maker],
     lesson: Lesson,
     *,
-    loss: MadeLoss | None = None,
+    loss: Callable[[LossWeights], MadeLoss],
     temperature: float | None = None,
 ) -> AnswerSource:
-    """The batches of a stage; ``loss`` of made answers and ``temperature`` of the teacher's targets for it."""
+    """The batches of a stage; ``loss`` of made answers, from that of rows, and the teacher's ``temperature`` for it."""
     where, table, vocab = lesson.ctx.name, lesson.table, lesson.table.vocab
     contexts = [int(model.config.max_position_embeddings) for model in (lesson.teacher, lesson.student)]
     asked = prompts(
@@ -114,7 +122,7 @@ def _source(
         _settings(params, lesson),
         make=maker(lesson, drawing),
         made_targets=online,
-        made_loss=divergence(lesson.settings.loss) if loss is None else loss,
+        made_loss=loss(lesson.settings.loss),
         watch=Health(health(given, stops), where=where, stop=params.collapse == "stop"),
         stops=stops,
     )

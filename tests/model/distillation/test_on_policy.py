@@ -154,6 +154,15 @@ def test_whole_vocabulary_accepted_is_gkd(ready):
     assert files(a.out)["model.safetensors"] == files(b.out)["model.safetensors"]
 
 
+def test_divergence_on_made_answers_is_that_of_the_rows_unless_chosen(ready):
+    kept, found = {**QUICK, "on_policy_share": 1.0, "max_new_tokens": 12}, []
+    for share in (None, 0.0, 1.0):
+        ctx = ready(str(share))
+        on_policy_stage.gkd(GkdParams(**kept, made_reverse_share=share), ctx)
+        found.append(files(ctx.out)["model.safetensors"])
+    assert found[0] == found[1] != found[2]
+
+
 class Stopped(Exception):
     """Stands for a kill."""
 
