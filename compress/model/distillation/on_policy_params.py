@@ -44,10 +44,11 @@ class GkdParams(OnPolicyParams):
     """Generalized KD (Agarwal et al. 2024): the divergence also on the student's own answers."""
 
     made_reverse_share: float | None = Field(
-        None,
+        1.0,
         ge=0,
         le=1,
-        description="share of KL(student || teacher) in the divergence on made answers (default: as on the rows given)",
+        description="share of KL(student || teacher) in the divergence on made answers; null: as on the rows given. The "
+        "other direction makes the student cover all that the teacher may write, and its own text worse",
     )
     buffer_rows: int = Field(1024, ge=0, le=1 << 20, description="made answers that are kept for use again; 0: none")
     replay_share: float = Field(
