@@ -47,7 +47,7 @@ class GkdParams(OnPolicyParams):
         1.0,
         ge=0,
         le=1,
-        description="share of KL(student || teacher) in the divergence on made answers; null: as on the rows given. The "
+        description="share of KL(student || teacher) in the divergence on made answers; null: as on the rows. The "
         "other direction makes the student cover all that the teacher may write, and its own text worse",
     )
     buffer_rows: int = Field(1024, ge=0, le=1 << 20, description="made answers that are kept for use again; 0: none")
