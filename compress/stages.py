@@ -36,6 +36,7 @@ class Stage:
         uses: outside facts that the stage sees and its key therefore holds: ``teacher`` (weights, tokenizer and
             chat template), ``tokenizer`` (those two alone), ``target``, ``device`` (this machine and its threads).
             ``teacher?`` where there is one.
+        default: whether it is the method of its stage where none is named.
         summary: one line for ``edgestill ls stages``.
     """
 
@@ -48,6 +49,7 @@ class Stage:
     optional: tuple[str, ...] = ()
     writes: str = "data"
     uses: tuple[str, ...] = ()
+    default: bool = False
     summary: str = ""
 
     @property
@@ -145,7 +147,41 @@ STAGES: tuple[Stage, ...] = (
         optional=("model",),
         writes="model",
         uses=("teacher",),
+        default=True,
         summary="train a student on the teacher's logits: cross-entropy and KL",
+    ),
+    Stage(
+        "model.distillation",
+        "gkd",
+        "compress.model.distillation.on_policy_params:GkdParams",
+        "compress.model.distillation.on_policy_stage:gkd",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="train also on the student's own answers, towards the teacher's logits",
+    ),
+    Stage(
+        "model.distillation",
+        "minillm",
+        "compress.model.distillation.on_policy_params:MiniLlmParams",
+        "compress.model.distillation.on_policy_stage:minillm",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="reverse KL of whole answers of the student, by policy gradient",
+    ),
+    Stage(
+        "model.distillation",
+        "speculative",
+        "compress.model.distillation.on_policy_params:SpeculativeParams",
+        "compress.model.distillation.on_policy_stage:speculative",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="train also on answers that the student proposes and the teacher corrects",
     ),
     Stage(
         "model.pruning",
@@ -294,7 +330,7 @@ def methods(stage: str, table: Sequence[Stage] = STAGES) -> list[str]:
 
 
 def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES, *, where: str = "steps") -> Stage:
-    """The table line of ``stage`` and ``method``; the method may be left out when the stage has only one.
+    """The table line of ``stage`` and ``method``; the method may be left out when the stage has only one, or a default.
 
     Raises:
         ProfileError: unknown stage or method (the nearest name is given), or the method is needed and missing.
@@ -304,6 +340,7 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
         stages = list(dict.fromkeys(line.stage for line in table))
         raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), nearest(stage, stages))
     if method is None:
+        known = [line.method for line in table if line.stage == stage and line.default] or known
         if len(known) > 1:
             raise ProfileError(f"{where}.{stage}", "no method given", "method: " + " | ".join(known))
         method = known[0]

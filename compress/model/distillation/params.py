@@ -136,6 +136,9 @@ class LogitsParams(Params):
     validation_share: float = Field(0.05, ge=0, lt=1, description="share of the rows held out")
     validation_rows: int = Field(256, ge=0, description="held-out rows at most")
     validations: int = Field(8, ge=1, description="how often the held-out loss is taken")
+    patience: int = Field(
+        0, ge=0, description="end the training after so many validations without a lower held-out loss; 0: never"
+    )
     keep: Literal["best", "last"] = Field("best", description="which weights become the student")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the machine has it and the model is wide enough to gain"

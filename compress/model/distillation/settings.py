@@ -40,6 +40,7 @@ class TrainSettings:
             and kept; 0 switches it off.
         validation_share, validation_rows: part of the rows held out, and at most how many.
         validations: how often the held-out loss is taken, beside the start.
+        patience: validations without a new lowest held-out loss after which training ends; 0: never.
         keep: ``best`` by held-out loss, or ``last``.
         precision: ``auto``: see `choose_bf16`.
         log_every: steps between lines of the log; 0 gives about 100 lines.
@@ -63,6 +64,7 @@ class TrainSettings:
     validation_share: float = 0.05
     validation_rows: int = 256
     validations: int = 8
+    patience: int = 0
     keep: Literal["best", "last"] = "best"
     precision: Precision = "auto"
     log_every: int = 0

@@ -1,19 +1,21 @@
 """The stage ``model.distillation.logits``: a teacher and rows in, a student's checkpoint out.
 
-`distill` starts the student, makes the teacher's targets, trains and saves. What a kill must not lose (the targets,
-the training's state) lies in the work folder. Knows nothing of profiles or of the store.
+`distill` starts the student, makes the teacher's targets, trains and saves; `distill_from` does so with another source
+of batches. What a kill must not lose (the targets, the training's state) lies in the work folder. Knows nothing of
+profiles or of the store.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compress.context import StageContext, StageResult
-from compress.encoding import ids_of_source, load_tokenizer, token_rows
+from compress.encoding import TokenRow, ids_of_source, load_tokenizer, token_rows
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
 from compress.model.distillation.confidence import confidence
 from compress.model.distillation.features import feature_targets, projected
@@ -22,6 +24,7 @@ from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.sources import BatchSource
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import TrainReport, threads, train
@@ -32,8 +35,43 @@ TRAINING_LOG = "training.jsonl"
 _TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
 
 
+class ReportingSource(BatchSource, Protocol):
+    """A source that is made before the teacher's targets for the rows are, and has something to say in the end."""
+
+    target_fn: TargetFn | None
+
+    def report(self) -> tuple[dict[str, float], list[str]]:
+        """Figures and notes for the user."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """What a source of batches is made from, before the teacher is at work: what cannot work is refused early."""
+
+    ctx: StageContext
+    settings: TrainSettings
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    rows: Sequence[TokenRow]
+    lesson: Lesson
+
+
 def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     """Train a student on the rows of slot ``data`` towards the teacher and save it.
+
+    Raises:
+        ModelError: the teacher is no local model, or teacher and student do not fit together or to the rows.
+        DataError: no row, or a row without an answer.
+        TrainingError: the loss is NaN or diverges.
+    """
+    return distill_from(params, ctx, None)
+
+
+def distill_from(
+    params: LogitsParams, ctx: StageContext, source_of: Callable[[Classroom], ReportingSource] | None
+) -> StageResult:
+    """`distill` with the batches that ``source_of`` gives; ``None``: the rows, each in its turn.
 
     Raises:
         ModelError: the teacher is no local model, or teacher and student do not fit together or to the rows.
@@ -49,30 +87,36 @@ def distill(params: LogitsParams, ctx: StageContext) -> StageResult:
     home = _home(ctx, start)
     tokenizer = load_tokenizer(home)
     rows = token_rows(ctx.inputs["data"], tokenizer, max_tokens=params.max_tokens, truncate=params.truncate)
-    rows = [row.learning(params.learn) for row in rows]
+    learned = [row.learning(params.learn) for row in rows]
     with threads(ctx.threads):
         teacher = load_model(home)
-        student, notes = start_student(teacher, rows, params, checkpoint=start, seed=ctx.seed, where=ctx.name)
-        configs = teacher.config.to_dict(), student.config.to_dict()
+        student, notes = start_student(teacher, learned, params, checkpoint=start, seed=ctx.seed, where=ctx.name)
         own = tokenizer if start is None else load_tokenizer(start)
-        vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
-        written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
-        table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
-        if params.divergence == "skew_pair" and table.own is None:
+        table = _table(learned, params, ctx, teacher, student, (tokenizer, own))
+        if params.divergence == "skew_pair" and table.own is None and source_of is None:
             notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
-        check_rows_fit(table, configs, where=ctx.name)
-        before = {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
+        figures: dict[str, Any] = {}
+        if ctx.teacher.folder is not None:
+            figures["parameters_teacher"] = count_parameters(teacher)
         lesson = Lesson(table, [row.id for row in rows], tokenizer)
-        settings, target_fn, figures = _taught(params, ctx, teacher, student, lesson)
+        settings = _settings(params, ctx, teacher, table)
+        source = None if source_of is None else source_of(Classroom(ctx, settings, teacher, student, rows, lesson))
+        target_fn, more = _taught(params, ctx, teacher, student, lesson, settings)
+        if source is not None:
+            source.target_fn = target_fn
         log = ctx.work / TRAINING_LOG
         with projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
-            report = train(student, target_fn, table, settings, ctx, log, vocab=vocab)
-    figures |= before | {"parameters": count_parameters(student)}
+            report = train(student, target_fn, table, settings, ctx, log, vocab=table.vocab, source=source)
+    figures |= more | {"parameters": count_parameters(student)}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
-    return StageResult(metrics=figures | asdict(report) | metadata, notes=notes + report.notes)
+    notes = notes + report.notes
+    if source is not None:
+        made, said = source.report()
+        figures, notes = figures | made, notes + said
+    return StageResult(metrics=figures | asdict(report) | metadata, notes=notes)
 
 
 def _home(ctx: StageContext, start: Path | None) -> Path:
@@ -89,18 +133,45 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     return folder
 
 
-def _taught(
-    params: LogitsParams, ctx: StageContext, teacher: PreTrainedModel, student: PreTrainedModel, lesson: Lesson
-) -> tuple[TrainSettings, TargetFn | None, dict[str, Any]]:
-    """What the trainer is told, the teacher's side of it, and figures about that."""
-    share = confidence(teacher, lesson.table, ctx.seed) if params.kd_weight and params.number is None else None
-    settings = train_settings(params, ctx.seed, share)
+def _table(  # noqa: PLR0917 - both models with their tokenizers
+    rows: Sequence[TokenRow],
+    params: LogitsParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+) -> RowTable:
+    """The rows, checked against both models; ``tokenizers`` are the teacher's and the student's."""
+    configs = teacher.config.to_dict(), student.config.to_dict()
+    sides = [(config, tokenizer.get_vocab()) for config, tokenizer in zip(configs, tokenizers, strict=True)]
+    vocab = shared_vocabulary(sides[0], sides[1], where=ctx.name)
+    written = ids_of_source(ctx.inputs["data"], params.student_source) if params.student_source else ()
+    table = RowTable(rows, vocab=vocab, where=ctx.name, own=written)
+    check_rows_fit(table, configs, where=ctx.name)
+    return table
+
+
+def _settings(params: LogitsParams, ctx: StageContext, teacher: PreTrainedModel, table: RowTable) -> TrainSettings:
+    """What the trainer is told, with the teacher's confidence measured where it is the divergence's number."""
+    share = confidence(teacher, table, ctx.seed) if params.kd_weight and params.number is None else None
+    return train_settings(params, ctx.seed, share)
+
+
+def _taught(  # noqa: PLR0917 - both models, and what they see
+    params: LogitsParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    lesson: Lesson,
+    settings: TrainSettings,
+) -> tuple[TargetFn | None, dict[str, Any]]:
+    """The teacher's side of the training, and figures about it."""
     if not settings.loss.wants_teacher:
-        return settings, None, {}
+        return None, {}
     target_fn, figures = targets_of(params, ctx, lesson, teacher)
     if settings.loss.wants_features:
         target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
-    return settings, target_fn, figures if share is None else figures | {"confidence": share}
+    return target_fn, figures if params.number is not None else figures | {"confidence": settings.loss.number}
 
 
 def train_settings(params: LogitsParams, seed: int, confidence: float | None = None) -> TrainSettings:
@@ -133,6 +204,7 @@ def train_settings(params: LogitsParams, seed: int, confidence: float | None = N
         validation_share=params.validation_share,
         validation_rows=params.validation_rows,
         validations=params.validations,
+        patience=params.patience,
         keep=params.keep,
         precision=params.precision,
         seed=seed,

@@ -3,7 +3,8 @@
 `train` takes a student, a callable that gives the teacher's targets, rows and `TrainSettings`, trains the student in
 place and returns a `TrainReport`. It checkpoints into the stage's work folder and, killed and called again, goes on
 and ends with the very bits of an unbroken run: batches and learning rate are pure functions of the step, and weights,
-optimizer, random state and running sums are in the checkpoint. A loss that is NaN or runs away stops it.
+optimizer, random state and running sums are in the checkpoint. A loss that is NaN or runs away stops it; with
+``patience`` it ends once the held-out loss no longer falls. A `BatchSource` may say what each step trains on.
 Knows nothing of teachers, caches or profiles.
 """
 
@@ -38,9 +39,10 @@ from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
 from compress.model.distillation.optimizers import make_optimizer
-from compress.model.distillation.packing import Batch, BatchOrder, Indices, RowTable, TokenIds, cut, split_rows
+from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.resume import read_tensors, save_tensors
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
+from compress.model.distillation.sources import BatchSource, LossFn, Piece, RowSource
 from compress.model.distillation.targets import TargetFn
 from compress.model.layers import decoder_layers, output_head
 
@@ -83,14 +85,16 @@ class DistillationModel(nn.Module):
         self.student, self.weights, self.vocab = student, weights, vocab
         self.dtype, self.logits = torch.bfloat16 if bf16 else torch.float32, logit_map(student)
 
-    def forward(self, batch: Batch, targets: Targets | None) -> LossParts:
-        """Sums of the losses over the kept positions of ``batch``."""
+    def forward(self, batch: Batch, targets: Targets | None, loss: LossFn | None = None) -> LossParts:
+        """Sums of the losses over the kept positions of ``batch``; ``loss`` stands in for the run's own."""
         extra: Tensor | None = None
-        if self.weights.wants_features:
+        if loss is None and self.weights.wants_features:
             hidden, extra = self._features(batch, targets)
         else:
             hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
+        if loss is not None:
+            return loss(hidden, head, batch, targets, self.dtype, self.logits)
         parts = fused_loss(
             hidden.to(head.dtype),
             head,
@@ -124,6 +128,7 @@ class _Position:
     best_step: int = 0
     start_loss: float | None = None
     last: dict[str, float] = field(default_factory=dict)  # figures of the last validation
+    stale: int = 0  # validations since the best
     bf16: bool = False
 
 
@@ -137,12 +142,15 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     *,
     vocab: int | None = None,
     name: str = "training",
+    source: BatchSource | None = None,
 ) -> TrainReport:
     """Train ``student`` in place on ``rows`` towards ``target_fn`` and return what came of it.
 
     ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
     targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
-    tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. The student is in eval mode after.
+    tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. ``source`` says what each step trains
+    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. The student is
+    in eval mode after.
 
     Raises:
         DataError: no rows, or a row without an answer token.
@@ -159,7 +167,8 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with threads(ctx.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name).finish()
+        run = _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name, source=source)
+        return run.finish()
 
 
 @contextmanager
@@ -187,10 +196,12 @@ class _Run:
         log_path: Path,
         vocab: int,
         name: str,
+        source: BatchSource | None,
     ) -> None:
-        self.student, self.target_fn, self.table, self.settings, self.ctx = student, target_fn, table, settings, ctx
-        if not settings.loss.wants_teacher:
-            self.target_fn = None  # the teacher need not run for what is not looked at
+        self.student, self.table, self.settings, self.ctx = student, table, settings, ctx
+        # the teacher need not run for what is not looked at
+        self.target_fn = target_fn if settings.loss.wants_teacher else None
+        self.source = source or RowSource(table, self.target_fn, parts=settings.accumulate)
         training, held = split_rows(
             table,
             validation_share=settings.validation_share,
@@ -208,7 +219,7 @@ class _Run:
         self.checkpoint_path = ctx.work / f"{name}.checkpoint.safetensors"
         self.best_path = ctx.work / f"{name}.best.safetensors"
         self.fingerprint = self._fingerprint(vocab)
-        self.guard = DivergenceGuard(ctx.name)
+        self.guards: dict[str, DivergenceGuard] = {}  # one for each kind of step
         self.at = _Position()
         saved = self._saved()
         self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=self._bf16())
@@ -259,7 +270,7 @@ class _Run:
         saved_at, clock = time.monotonic(), Clock()
         with self.ctx.progress.bar("distillation", self.total) as bar:
             bar.advance(self.at.step)
-            while self.at.step < self.total:
+            while self.at.step < self.total and not self._stalled():
                 loss = self._step(clock)
                 extra = self._validate(self.at.step) if self.at.step in due else {}
                 self._log_line(extra)
@@ -276,16 +287,16 @@ class _Run:
 
     def _step(self, clock: Clock) -> float:
         """One optimizer step; returns its loss per position."""
-        rows = self.order[self.at.step]
-        parts = np.array_split(rows, min(self.settings.accumulate, len(rows)))
-        positions, tokens = int(self.table.counts[rows].sum()), int(self.table.lengths[rows].sum())
+        work = self.source.work(self.at.step, self.order)
+        positions, tokens = work.positions, work.tokens
         sums = np.zeros(3)
-        for part in parts:
-            losses = self._losses(part)
+        for piece in work.pieces:
+            losses = self._losses(piece)
             self.accelerator.backward(losses.loss / positions)
             sums += [float(losses.loss.detach()), float(losses.ce), float(losses.kl)]
         norm = float(self.accelerator.clip_grad_norm_(list(self.named.values()), self.settings.grad_clip))
-        self.guard.check(self.at.step + 1, float(sums[0]) / positions, norm, self._advice())
+        guard = self.guards.setdefault(work.kind, DivergenceGuard(self.ctx.name))
+        guard.check(self.at.step + 1, float(sums[0]) / positions, norm, self._advice())
         rate = learning_rate(self.at.step, self.total, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -301,17 +312,17 @@ class _Run:
         self.log.add(loss=loss, ce=ce, kl=kl, positions=positions, tokens=tokens, seconds=clock.lap())
         return float(loss / positions)
 
-    def _losses(self, rows: Indices) -> LossParts:
-        batch = self.table.batch(rows).to(self.accelerator.device)
-        targets = None if self.target_fn is None else self.target_fn(batch)
-        parts: LossParts = self.model(batch, targets)
+    def _losses(self, piece: Piece) -> LossParts:
+        batch = piece.table.batch(piece.rows).to(self.accelerator.device)
+        targets = None if piece.target_fn is None else piece.target_fn(batch)
+        parts: LossParts = self.model(batch, targets, piece.loss)
         return parts
 
     def _log_line(self, extra: dict[str, float]) -> None:
         every = self.settings.log_every or max(1, self.total // 100)
         if extra or self.at.step % every == 0 or self.at.step == self.total:
             rate = learning_rate(self.at.step - 1, self.total, self.settings)
-            self.log.line(self.at.step, learning_rate=rate, **extra)
+            self.log.line(self.at.step, learning_rate=rate, **extra, **self.source.figures())
 
     # -- held-out rows -------------------------------------------------------------------------------------------
 
@@ -330,14 +341,19 @@ class _Run:
             loss = figures["validation_loss"]
             if not np.isfinite(loss):
                 raise TrainingError(f"{self.ctx.name}: step {step}", f"the held-out loss is {loss}", do=self._advice())
+            self.at.stale += 1
             if self.at.best_loss is None or loss < self.at.best_loss:
-                self.at.best_loss, self.at.best_step = loss, step
+                self.at.best_loss, self.at.best_step, self.at.stale = loss, step, 0
                 save_tensors(self.best_path, self.named, {"step": step, "fingerprint": self.fingerprint})
         self.at.last = figures
+        self.source.validated(loss)
         if step == 0:
             self.at.start_loss = loss
             self.log.line(0, **figures)
         return figures
+
+    def _stalled(self) -> bool:
+        return 0 < self.settings.patience <= self.at.stale
 
     def _measure(self) -> dict[str, float]:
         rows = self.held[np.argsort(self.table.lengths[self.held], kind="stable")]
@@ -345,7 +361,7 @@ class _Run:
         self.model.eval()
         with torch.no_grad():
             for piece in cut(rows, self.table.lengths, EVALUATION_TOKENS):
-                losses = self._losses(piece)
+                losses = self._losses(Piece(self.table, piece, self.target_fn))
                 sums += [float(losses.loss), float(losses.ce), float(losses.kl)]
         self.model.train()
         sums /= int(self.table.counts[rows].sum())
@@ -374,7 +390,7 @@ class _Run:
     def _fingerprint(self, vocab: int) -> str:
         """What a checkpoint must agree on: settings, rows, and the student as it was handed over."""
         digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        digest.update(f"{vocab} {self.table.fingerprint()}".encode())
+        digest.update(f"{vocab} {self.table.fingerprint()}{self.source.fingerprint}".encode())
         for name, parameter in self.named.items():
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().float().numpy().tobytes())
@@ -400,11 +416,14 @@ class _Run:
         if self.average is not None:
             tensors |= {f"average.{i}": value for i, value in enumerate(self.average)}
         tensors["random"] = torch.get_rng_state()
+        made, source = self.source.state()
+        tensors |= {f"source.{name}": value for name, value in made.items()}
         values = {
             "fingerprint": self.fingerprint,
             "position": asdict(self.at),
             "log": self.log.sums,
-            "guard": self.guard.state(),
+            "guards": {kind: guard.state() for kind, guard in self.guards.items()},
+            "source": source,
         }
         save_tensors(self.checkpoint_path, tensors, values)
 
@@ -419,7 +438,11 @@ class _Run:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.guard.restore(values["guard"])
+        for kind, guard in values["guards"].items():
+            self.guards[kind] = DivergenceGuard(self.ctx.name)
+            self.guards[kind].restore(guard)
+        made = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+        self.source.restore(made, values["source"])
         torch.set_rng_state(tensors["random"])
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -440,6 +463,11 @@ class _Run:
             self._load(self.average)
         if self.settings.keep == "best" and not len(self.held):
             notes.append("no rows are held out, so the last weights were kept, not the best")
+        if self._stalled():
+            notes.append(
+                f"stopped at step {self.at.step} of {self.total}: the held-out loss did not fall in "
+                f"{self.at.stale} validations; its lowest is {self.at.best_loss:.4f}, at step {self.at.best_step}"
+            )
         if self.at.start_loss is not None and self.at.last["validation_loss"] > self.at.start_loss:
             notes.append(
                 f"training made the held-out loss worse: {self.at.start_loss:.4f} at the start, "
@@ -451,7 +479,7 @@ class _Run:
         kept_best = self.settings.keep == "best" and len(self.held) > 0
         figures = self._measure() if len(self.held) else {}
         return TrainReport(
-            steps=self.total,
+            steps=self.at.step,
             tokens=self.at.tokens,
             train_rows=len(self.training),
             validation_rows=len(self.held),
@@ -459,7 +487,7 @@ class _Run:
             validation_loss=figures.get("validation_loss"),
             validation_ce=figures.get("validation_ce"),
             validation_kl=figures.get("validation_kl"),
-            kept_step=self.at.best_step if kept_best else self.total,
+            kept_step=self.at.best_step if kept_best else self.at.step,
             resumed_from=self.resumed_from,
             precision="bf16" if self.at.bf16 else "fp32",
             seconds=seconds,

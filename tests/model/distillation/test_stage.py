@@ -253,7 +253,8 @@ def test_every_parameter_has_a_description_and_reaches_the_trainer():
     changed = LogitsParams(
         epochs=9.0, steps=9, batch_tokens=99, accumulate=9, learning_rate=0.9, warmup_ratio=0.9, final_lr_ratio=0.9,
         weight_decay=0.9, grad_clip=0.9, average_decay=0.9, kd_weight=0.9, temperature=9.0, label_smoothing=0.9,
-        validation_share=0.9, validation_rows=9, validations=9, keep="last", optimizer="muon", precision="bf16",
+        validation_share=0.9, validation_rows=9, validations=9,
+        patience=9, keep="last", optimizer="muon", precision="bf16",
     )  # fmt: skip
     plain, other = (dataclasses.asdict(module.train_settings(params, 1)) for params in (LogitsParams(), changed))
     same = {name for name in plain if plain[name] == other[name]}

@@ -448,3 +448,36 @@ def test_kd_beats_cross_entropy_alone_on_few_rows(context, seed):
             learned = log_softmax(student(input_ids=unseen.input_ids).logits.reshape(-1, 24)[unseen.keep], -1)
         divergence[kd_weight] = float((exact.exp() * (exact - learned)).sum(-1).mean())
     assert divergence[0.9] < 0.8 * divergence[0.0], divergence
+
+
+def test_a_plateau_ends_the_run_and_keeps_the_best(context):
+    few = [*ROWS[:6], *tiny_token_rows(8, seed=5)]
+    settings = make(kd_weight=0.0, steps=60, validation_share=0.5, learning_rate=2e-2, validations=20)
+    whole, long = run(context("whole"), settings, rows=few)
+    stopping = dataclasses.replace(settings, patience=3)
+    kept, report = run(context("stopped"), stopping, rows=few)
+    assert report.steps < long.steps == 60
+    assert report.steps == report.kept_step + 9
+    assert (report.kept_step, report.validation_loss) == (long.kept_step, long.validation_loss)
+    assert same(kept, whole)
+    assert any("did not fall in 3 validations; its lowest is" in note for note in report.notes)
+    assert not any("did not fall" in note for note in long.notes)
+    again, resumed = run(context("stopped"), stopping, rows=few)
+    assert resumed.resumed_from == resumed.steps == report.steps
+    assert same(again, kept)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_learning_rate_is_caught_and_the_best_kept(context, optimizer):
+    ctx = context()
+    with pytest.raises(TrainingError, match=r"(diverges|is nan|is inf).*Lower learning_rate \(now 1\).*are kept in"):
+        run(ctx, make(learning_rate=1.0, steps=120, optimizer=optimizer), teacher())
+    assert (ctx.work / "training.best.safetensors").is_file()
+    # where the loss climbs too slowly for that, the plateau guard ends it; what is kept is no worse than the start
+    settings = make(learning_rate=1.0, steps=200, optimizer=optimizer, validations=10, patience=3)
+    _, report = run(context("hovering"), settings, teacher())
+    assert report.steps < 200
+    assert report.validation_loss <= report.start_loss
+    assert any("the held-out loss did not fall in 3 validations" in note for note in report.notes)
+    _, report = run(context("good"), make(steps=40, patience=3), teacher())
+    assert report.validation_loss < report.start_loss
