@@ -37,6 +37,7 @@ class Stage:
             chat template), ``tokenizer`` (those two alone), ``target``, ``device`` (this machine and its threads).
             ``teacher?`` where there is one.
         summary: one line for ``edgestill ls stages``.
+        default: whether it is meant where a profile names no method of a stage that has several.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Stage:
     writes: str = "data"
     uses: tuple[str, ...] = ()
     summary: str = ""
+    default: bool = False
 
     @property
     def wants_teacher(self) -> bool:
@@ -146,6 +148,18 @@ STAGES: tuple[Stage, ...] = (
         writes="model",
         uses=("teacher",),
         summary="train a student on the teacher's logits: cross-entropy and KL",
+        default=True,
+    ),
+    Stage(
+        "model.distillation",
+        "cross_tokenizer",
+        "compress.model.distillation.cross_tokenizer.params:CrossTokenizerParams",
+        "compress.model.distillation.cross_tokenizer.stage:distill",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="train a student with another tokenizer on the teacher: ALM, GOLD or ULD",
     ),
     Stage(
         "model.pruning",
@@ -291,7 +305,7 @@ def methods(stage: str, table: Sequence[Stage] = STAGES) -> list[str]:
 
 
 def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES, *, where: str = "steps") -> Stage:
-    """The table line of ``stage`` and ``method``; the method may be left out when the stage has only one.
+    """The table line of ``stage`` and ``method``; the method may be left out when the stage has one or a default.
 
     Raises:
         ProfileError: unknown stage or method (the nearest name is given), or the method is needed and missing.
@@ -301,9 +315,10 @@ def find(stage: str, method: str | None = None, table: Sequence[Stage] = STAGES,
         stages = list(dict.fromkeys(line.stage for line in table))
         raise ProfileError(where, f"unknown stage {stage!r}", "one of " + ", ".join(stages), nearest(stage, stages))
     if method is None:
-        if len(known) > 1:
+        usual = [line.method for line in table if line.stage == stage and line.default]
+        if len(known) > 1 and not usual:
             raise ProfileError(f"{where}.{stage}", "no method given", "method: " + " | ".join(known))
-        method = known[0]
+        method = (usual or known)[0]
     for line in table:
         if line.stage == stage and line.method == method:
             return line

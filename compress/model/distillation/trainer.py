@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATION_TOKENS = 8192  # padded tokens of one held-out batch
+# (student, bf16) -> module whose call takes a batch and what the target function gave, and returns `LossParts`
+LossModule = Callable[[nn.Module, bool], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,14 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     *,
     vocab: int | None = None,
     name: str = "training",
+    loss_module: LossModule | None = None,
 ) -> TrainReport:
     """Train ``student`` in place on ``rows`` towards ``target_fn`` and return what came of it.
 
     ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
     targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
     tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. The student is in eval mode after.
+    ``loss_module`` makes, of student and number format, what stands in the place of `DistillationModel`.
 
     Raises:
         DataError: no rows, or a row without an answer token.
@@ -127,7 +131,9 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with threads(ctx.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name).finish()
+        return _Run(
+            student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name, loss_module=loss_module
+        ).finish()
 
 
 @contextmanager
@@ -155,8 +161,10 @@ class _Run:
         log_path: Path,
         vocab: int,
         name: str,
+        loss_module: LossModule | None,
     ) -> None:
         self.student, self.target_fn, self.table, self.settings, self.ctx = student, target_fn, table, settings, ctx
+        self.loss_module = loss_module
         if settings.loss.kd_weight == 0:
             self.target_fn = None  # the teacher need not run for what is not looked at
         training, held = split_rows(
@@ -212,7 +220,9 @@ class _Run:
             betas=settings.betas,
             bf16=self.at.bf16,
         )
-        model = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        model: nn.Module = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        if self.loss_module is not None:
+            model = self.loss_module(self.student, self.at.bf16)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------
