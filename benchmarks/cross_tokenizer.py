@@ -105,7 +105,7 @@ def teacher_bits(folder: Path, texts: list[str], most: int) -> float:
     return total / count / math.log(2)
 
 
-def run(way: str, given: argparse.Namespace, data: Path, tokenizer: Path, seed: int, scored: list[str]) -> float:
+def run(way: str, given: argparse.Namespace, data: Path, *, tokenizer: Path, seed: int, scored: list[str]) -> float:
     """Train one student and return its bits per byte."""
     shape = {"layers": given.layers, "hidden": given.hidden, "heads": given.heads, "kv_heads": given.heads}
     values = {
@@ -172,13 +172,16 @@ def main() -> None:
         byte_tokenizer(tokenizer)
         for way in given.only:
             start = time.process_time()
-            found = [run(way, given, data, tokenizer, seed, scored) for seed in range(given.seeds)]
+            found = [
+                run(way, given, data, tokenizer=tokenizer, seed=seed, scored=scored) for seed in range(given.seeds)
+            ]
             plain = plain or found
             each = ", ".join(f"{one:.4f}" for one in found)
             less = ", ".join(f"{one - other:+.4f}" for one, other in zip(found, plain, strict=True))
             seconds = (time.process_time() - start) / given.seeds
             mean = sum(found) / len(found)
-            print(f"| {way} | {mean:.4f} | {each} | {less if way != given.only[0] else ''} | {seconds:.0f} |", flush=True)
+            less = less if way != given.only[0] else ""
+            print(f"| {way} | {mean:.4f} | {each} | {less} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -145,9 +145,9 @@ def test_gold_counts_all_probability_once():
     span, ids_ = Spans(ids(V), rest), common().student
     shared = ids_[None] != span.first[:, None]
     others = module._others(q, span, ids_, shared).sum(dim=1)
-    inside = torch.where(shared, q[:, ids_].exp(), 0.0).sum(dim=1) + (
-        q.gather(1, span.first[:, None])[:, 0] + rest
-    ).exp()
+    inside = (
+        torch.where(shared, q[:, ids_].exp(), 0.0).sum(dim=1) + (q.gather(1, span.first[:, None])[:, 0] + rest).exp()
+    )
     torch.testing.assert_close(others + inside, torch.ones(C, dtype=torch.float64))
 
 
@@ -180,9 +180,10 @@ def test_a_teacher_of_other_chunks_costs_more_than_the_right_one():
     wrong, first = right.roll(1, 0), ids(V)
     zero = torch.zeros(C, dtype=torch.float64)
     span, rolled = Spans(first, zero), Spans(first.roll(1), zero)
-    assert gold(student, wrong, span, rolled, everything(V)).sum() > 3 * gold(
-        student, right, span, span, everything(V)
-    ).sum()
+    assert (
+        gold(student, wrong, span, rolled, everything(V)).sum()
+        > 3 * gold(student, right, span, span, everything(V)).sum()
+    )
     assert uld(student, wrong).sum() > 3 * uld(student, right).sum()
     ours, theirs = (side.gather(1, first[:, None])[:, 0] for side in (student, right))
     assert alm(ours, theirs.roll(1), temperature=100.0).sum() > 3 * alm(ours, theirs, temperature=100.0).sum()

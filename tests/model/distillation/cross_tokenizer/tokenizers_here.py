@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds, made in the test: bytes, byte-level BPE, SentencePiece-like BPE and Unigram, lossy ones."""
+"""Tokenizers of several kinds, made in the test: bytes, byte-level BPE, like SentencePiece, lossy ones."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def byte_level(merges: int, *, template: str | None = OTHER_TEMPLATE, prefix: bo
 def pieces(size: int = 420, *, template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """BPE in the way of SentencePiece: a space before every text, bytes for what is not in the vocabulary."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
