@@ -1,14 +1,14 @@
 """What a teacher with another tokenizer wins for a student of bytes, against its labels alone, at equal steps.
 
-    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--steps 300] [--batch-tokens 2048] [--bytes 256]
-        [--rows N] [--only NAME ...]
+    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--warm-steps 600] [--steps 300] [--rows 300]
+        [--bytes 256] [--only NAME ...]
 
 MODEL is a plain checkpoint (stories260k), STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories
-parted by lines ``<|endoftext|>``. The student starts from scratch with a tokenizer of the 256 bytes and one token
-before a text. Every line has the same start, rows, steps and order; the seed draws all three. The control learns from a
-teacher whose answers stand at the wrong chunks. Prints a Markdown table: bits per byte on stories that no step saw
-(``--bytes`` of each), mean and by seed, and what the first line (labels alone) has more. ``seconds`` are of this
-process's CPU, for one seed.
+parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes and one token before a text. It learns from
+the labels alone for ``--warm-steps``; from there every line of the table goes on for ``--steps`` over the same rows in
+the same order. The seed draws weights, rows and order. The controls learn from a teacher whose answers stand at the
+wrong chunks. Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean
+and by seed, and what the first line (labels alone) has less or more. ``seconds`` are of this process's CPU, one seed.
 """
 
 from __future__ import annotations
@@ -105,32 +105,35 @@ def teacher_bits(folder: Path, texts: list[str], most: int) -> float:
     return total / count / math.log(2)
 
 
-def run(way: str, given: argparse.Namespace, data: Path, *, tokenizer: Path, seed: int, scored: list[str]) -> float:
-    """Train one student and return its bits per byte."""
-    shape = {"layers": given.layers, "hidden": given.hidden, "heads": given.heads, "kv_heads": given.heads}
-    values = {
-        "init": "scratch", "tokenizer": str(tokenizer), **shape, "head_dim": given.hidden // given.heads,
-        "ffn": 2 * given.hidden, "steps": given.steps, "batch_tokens": given.batch_tokens,
-        "max_tokens": given.bytes + 1, "truncate": True, "learning_rate": given.rate, "validations": 1, "keep": "last",
-        "validation_rows": 16, "kd_weight": given.kd_weight,
+def run(
+    way: str, given: argparse.Namespace, place: Path, *, seed: int, steps: int, out: Path, start: Path | None = None
+) -> dict[str, Any]:
+    """Train one student into ``out``, from ``start`` or from scratch, and return the stage's figures."""
+    if start is None:
+        values: dict[str, Any] = {
+            "init": "scratch", "tokenizer": str(place / "bytes"), "layers": given.layers, "hidden": given.hidden,
+            "heads": given.heads, "kv_heads": given.heads, "head_dim": given.hidden // given.heads,
+            "ffn": 2 * given.hidden, "steps": steps, "learning_rate": given.rate,
+        }  # fmt: skip
+    else:
+        values = {"init": "checkpoint", "steps": steps, "learning_rate": given.rate / 2}
+    values |= {
+        "batch_tokens": given.batch_tokens, "max_tokens": given.bytes + 1, "truncate": True, "validations": 1,
+        "keep": "last", "validation_rows": 8, "kd_weight": given.kd_weight, "optimizer": given.optimizer,
     }  # fmt: skip
     honest = stage._targets
     if "shuffled" in way:
         stage._targets = lambda *a, **k: (shuffled(honest(*a, **k)[0]), {})  # type: ignore[assignment]
+    work = out.with_suffix(".work")
+    work.mkdir(parents=True)
+    out.mkdir()
+    inputs = {"data": place / "data"} | ({} if start is None else {"model": start})
+    ctx = StageContext(
+        name="model.distillation.cross_tokenizer", inputs=inputs, out=out, work=work, seed=seed,
+        progress=Progress(quiet=True), teacher=open_teacher(given.model), threads=given.threads,
+    )  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory() as place:
-            work, out = Path(place) / "work", Path(place) / "out"
-            work.mkdir()
-            out.mkdir()
-            ctx = StageContext(
-                name="model.distillation.cross_tokenizer", inputs={"data": data}, out=out, work=work, seed=seed,
-                progress=Progress(quiet=True), teacher=open_teacher(given.model), threads=given.threads,
-            )  # fmt: skip
-            result = stage.distill(CrossTokenizerParams(**(values | WAYS[way])), ctx)
-            if seed == 0 and way == "labels alone":
-                names = ("parameters", "aligned_share", "bytes_per_chunk", "student_unaligned_bytes", "tokens")
-                print("<!--", {name: result.metrics[name] for name in names}, "-->", flush=True)
-            return bits_per_byte(out, scored, given.bytes)
+        return stage.distill(CrossTokenizerParams(**(values | WAYS[way])), ctx).metrics
     finally:
         stage._targets = honest
 
@@ -146,16 +149,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--warm-steps", type=int, default=600, help="steps on the labels that every line starts from")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=None, help="stories to learn from (default: all)")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=300, help="stories to learn from")
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--bytes", type=int, default=256, help="of each story")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
+    parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--kd-weight", type=float, default=0.5)
-    parser.add_argument("--held-out", type=int, default=100, help="stories that are scored")
+    parser.add_argument("--held-out", type=int, default=60, help="stories that are scored")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -163,25 +168,38 @@ def main() -> None:
     scored = texts(given.stories / "valid-stories.txt")[: given.held_out]
     learned = [text for path in sorted(given.stories.glob("train*.txt")) for text in texts(path)][: given.rows]
     print(f"teacher: {teacher_bits(given.model, scored, given.bytes):.4f} bits per byte\n")
-    print("| way | bits per byte | seed by seed | less labels alone, seed by seed | seconds |\n|---|---|---|---|---|")
-    plain: list[float] = []
+    found: dict[str, list[float]] = {way: [] for way in given.only}
+    spent: dict[str, float] = dict.fromkeys(given.only, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        data, tokenizer = Path(folder) / "data", Path(folder) / "bytes"
-        data.mkdir()
-        write_rows(data, [make_row(text=text) for text in learned])
-        byte_tokenizer(tokenizer)
-        for way in given.only:
-            start = time.process_time()
-            found = [
-                run(way, given, data, tokenizer=tokenizer, seed=seed, scored=scored) for seed in range(given.seeds)
-            ]
-            plain = plain or found
-            each = ", ".join(f"{one:.4f}" for one in found)
-            less = ", ".join(f"{one - other:+.4f}" for one, other in zip(found, plain, strict=True))
-            seconds = (time.process_time() - start) / given.seeds
-            mean = sum(found) / len(found)
-            less = less if way != given.only[0] else ""
-            print(f"| {way} | {mean:.4f} | {each} | {less} | {seconds:.0f} |", flush=True)
+        place = Path(folder)
+        (place / "data").mkdir()
+        write_rows(place / "data", [make_row(text=text) for text in learned])
+        byte_tokenizer(place / "bytes")
+        for seed in range(given.seeds):
+            warm = place / f"warm-{seed}" if given.warm_steps else None
+            if warm is not None:
+                run("labels alone", given, place, seed=seed, steps=given.warm_steps, out=warm)
+                print(f"seed {seed}: starts at {bits_per_byte(warm, scored, given.bytes):.4f}", flush=True)
+            for number, way in enumerate(given.only):
+                clock = time.process_time()
+                out = place / f"{seed}-{number}"
+                figures = run(way, given, place, seed=seed, steps=given.steps, out=out, start=warm)
+                spent[way] += time.process_time() - clock
+                found[way].append(bits_per_byte(out, scored, given.bytes))
+                print(f"seed {seed}: {way} {found[way][-1]:.4f}", flush=True)
+    names = ("parameters", "aligned_share", "bytes_per_chunk", "student_unaligned_bytes")
+    print({name: figures[name] for name in names})
+    table(found, spent, given.seeds)
+
+
+def table(found: dict[str, list[float]], spent: dict[str, float], seeds: int) -> None:
+    """Print what came of it."""
+    print("\n| way | bits per byte | seed by seed | less labels alone, seed by seed | seconds |\n|---|---|---|---|---|")
+    plain = next(iter(found.values()))
+    for way, values in found.items():
+        each = ", ".join(f"{value:.4f}" for value in values)
+        less = ", ".join(f"{one - other:+.4f}" for one, other in zip(values, plain, strict=True))
+        print(f"| {way} | {sum(values) / seeds:.4f} | {each} | {less} | {spent[way] / seeds:.0f} |")
 
 
 if __name__ == "__main__":
