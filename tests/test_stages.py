@@ -64,9 +64,13 @@ def test_find(line: Stage) -> None:
     assert find(line.stage, line.method) is line
 
 
-def test_method_may_be_left_out_where_there_is_one() -> None:
-    assert find("model.distillation").method == methods("model.distillation")[0]
-    assert len(methods("model.distillation")) == 1
+def test_method_may_be_left_out_where_there_is_one_or_a_default() -> None:
+    assert find("model.pruning").method == methods("model.pruning")[0]
+    assert len(methods("model.pruning")) == 1
+    assert find("model.distillation").method == "logits"
+    assert len(methods("model.distillation")) > 1
+    defaults = Counter(line.stage for line in STAGES if line.default)
+    assert set(defaults.values()) == {1}
 
 
 @pytest.mark.parametrize(
