@@ -1,14 +1,14 @@
 """What a teacher with another tokenizer wins for a student of bytes, against its labels alone, at equal steps.
 
-    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--warm-steps 600] [--steps 300] [--rows 300]
-        [--bytes 256] [--only NAME ...]
+    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--steps 400] [--rows 100] [--bytes 256]
+        [--warm-steps 0] [--only NAME ...]
 
 MODEL is a plain checkpoint (stories260k), STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories
-parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes and one token before a text. It learns from
-the labels alone for ``--warm-steps``; from there every line of the table goes on for ``--steps`` over the same rows in
-the same order. The seed draws weights, rows and order. The controls learn from a teacher whose answers stand at the
-wrong chunks. Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean
-and by seed, and what the first line (labels alone) has less or more. ``seconds`` are of this process's CPU, one seed.
+parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes and one token before a text. Every line of
+the table has the same start, rows, steps and order, all drawn by the seed; with ``--warm-steps`` they start from a
+student that has learned the labels alone. The controls learn from a teacher whose answers stand at the wrong chunks.
+Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean and by seed, and
+what the first line (labels alone) has less or more. ``seconds`` are of this process's CPU, for one seed.
 """
 
 from __future__ import annotations
@@ -149,16 +149,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--warm-steps", type=int, default=600, help="steps on the labels that every line starts from")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=300, help="stories to learn from")
+    parser.add_argument("--warm-steps", type=int, default=0, help="steps on the labels before all lines part")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=100, help="stories to learn from")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--bytes", type=int, default=256, help="of each story")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     parser.add_argument("--held-out", type=int, default=60, help="stories that are scored")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
