@@ -7,8 +7,8 @@ MODEL is a plain checkpoint (stories260k), STORIES a folder with ``train*.txt`` 
 parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes and one token before a text. Every line of
 the table has the same start, rows, steps and order, all drawn by the seed; with ``--warm-steps`` they start from a
 student that has learned the labels alone. The controls learn from a teacher whose answers stand at the wrong chunks.
-Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean and by seed, and
-what the first line (labels alone) has less or more. ``seconds`` are of this process's CPU, for one seed.
+Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean, by seed,
+and against the first line (labels alone). ``seconds`` are of this process's CPU, for one seed.
 """
 
 from __future__ import annotations
