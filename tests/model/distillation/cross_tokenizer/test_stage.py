@@ -23,7 +23,7 @@ from compress.model.distillation.cross_tokenizer.stage import distill
 from compress.model.distillation.cross_tokenizer.targets import CrossTargets
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.packing import RowTable
-from compress.model.distillation.targets import OnlineTargets
+from compress.model.distillation.targets import OnlineTargets, shared_vocabulary
 from compress.model.distillation.trainer import DistillationModel, train
 from compress.stages import find, load_function, params_model
 from compress.teachers import open_teacher
@@ -219,6 +219,12 @@ def test_a_student_that_could_never_end_an_answer_is_refused(ready, scratch, tmp
     made.save(endless, tmp_path / "endless")
     with pytest.raises(ModelError, match="the student's tokenizer has no token that ends an answer"):
         distill(CrossTokenizerParams(**(scratch | {"tokenizer": str(tmp_path / "endless")})), ready())
+
+
+def test_the_plain_method_names_this_one_where_tokenizers_differ():
+    ids = {"a": 0, "b": 1}, {"a": 1, "b": 0}
+    with pytest.raises(ModelError, match="different tokenizers .* or method: cross_tokenizer"):
+        shared_vocabulary(({"vocab_size": 2}, ids[0]), ({"vocab_size": 2}, ids[1]), where="w")
 
 
 def test_missing_places_are_refused(ready, scratch, tmp_path):
