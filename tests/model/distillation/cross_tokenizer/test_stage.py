@@ -223,7 +223,7 @@ def test_a_student_that_could_never_end_an_answer_is_refused(ready, scratch, tmp
 
 def test_the_plain_method_names_this_one_where_tokenizers_differ():
     ids = {"a": 0, "b": 1}, {"a": 1, "b": 0}
-    with pytest.raises(ModelError, match="different tokenizers .* or method: cross_tokenizer"):
+    with pytest.raises(ModelError, match=r"different tokenizers .* or method: cross_tokenizer"):
         shared_vocabulary(({"vocab_size": 2}, ids[0]), ({"vocab_size": 2}, ids[1]), where="w")
 
 
