@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 class Params(BaseModel):
-    """Base of every stage's parameters: unknown keys are errors, values are immutable and not coerced."""
+    """Base of every stage's parameters: unknown keys are errors, values are immutable and not coerced.
+
+    ``tokenizer_folders`` names those parameters that are folders of a tokenizer: an artifact's key holds what is in
+    the folder and not where it is.
+    """
+
+    tokenizer_folders: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 from compress import hub
 from compress.errors import TargetError
+from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
+from compress.model.distillation.cross_tokenizer.shapes import scratch_config
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
 from compress.model.quantization.layout import choose, untied_by
@@ -207,6 +209,8 @@ class _Walk:
         params: Any = node.params
         if params.init == "checkpoint":
             state = self.model_of(node)
+        elif isinstance(params, CrossTokenizerParams):
+            state = _State(scratch_config(self.teacher.config, params))
         else:
             shape, _ = student_shape(self.teacher.config, params, where=node.name)
             config = with_shape(self.teacher.config, shape)

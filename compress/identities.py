@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,23 @@ def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:
     """Digest of the tokenizer and chat template of a model folder."""
     files = sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return digest_of({file.name: file_digest(file) for file in files})
+
+
+def params_identity(values: Mapping[str, Any], folders: Sequence[str], file_digest: FileDigest) -> dict[str, Any]:
+    """A stage's parameters for a key: the values of ``folders``, paths of tokenizers, are replaced by their digests.
+
+    Raises:
+        ModelError: there is no tokenizer in such a folder.
+    """
+    named = dict(values)
+    for name in folders:
+        if named[name] is not None:
+            folder = Path(named[name])
+            if not (folder / "tokenizer.json").is_file():
+                got = "no tokenizer.json in it" if folder.is_dir() else "no such folder"
+                raise ModelError(str(folder), got, "the folder of a fast tokenizer")
+            named[name] = tokenizer_identity(folder, file_digest)
+    return named
 
 
 def device_identity(facts: Mapping[str, Any]) -> str:

@@ -186,7 +186,9 @@ class _Builder:
             "stage": stage.stage,
             "method": stage.method,
             "version": stage.version,
-            "params": params.model_dump(mode="json"),
+            "params": identities.params_identity(
+                params.model_dump(mode="json"), params.tokenizer_folders, self.store.file_digest
+            ),
             "inputs": {slot: source.key for slot, source in inputs.items()},
             "seed": self.profile.seed,
             "uses": {use: self.facts.identity(use, stage) for use in stage.uses},

@@ -198,7 +198,7 @@ def _validated(document: Document, path: Path, table: Sequence[Stage]) -> Profil
     values = document.value
     later = {"steps", *SECTIONS}
     head = check(_Head, document, (), {key: values[key] for key in values if key not in later}, names=KEYS)
-    steps = _steps(document, table)
+    steps = _steps(document, table, path.absolute().parent)
     sections: dict[str, Any] = {name: _section(document, name, table) for name in SECTIONS}
     if head is not None and not document.problems:
         _check_metrics(document, sections["gate"])
@@ -212,7 +212,7 @@ def _validated(document: Document, path: Path, table: Sequence[Stage]) -> Profil
     return Profile(**known, **sections, steps=steps, gate=gate, path=path.absolute())
 
 
-def _steps(document: Document, table: Sequence[Stage]) -> tuple[Step, ...]:
+def _steps(document: Document, table: Sequence[Stage], folder: Path) -> tuple[Step, ...]:
     """The entries of ``steps``, each against its line of the table."""
     entries = document.value.get("steps")
     if entries is None:
@@ -220,11 +220,11 @@ def _steps(document: Document, table: Sequence[Stage]) -> tuple[Step, ...]:
     if not isinstance(entries, list):
         document.complain(("steps",), f"got {shown(entries)}", "a list of steps such as - data.selection: {...}")
         return ()
-    steps = (_step(document, index, entry, table) for index, entry in enumerate(entries))
+    steps = (_step(document, index, entry, table, folder) for index, entry in enumerate(entries))
     return tuple(step for step in steps if step is not None)
 
 
-def _step(document: Document, index: int, entry: Any, table: Sequence[Stage]) -> Step | None:
+def _step(document: Document, index: int, entry: Any, table: Sequence[Stage], folder: Path) -> Step | None:
     path: KeyPath = ("steps", index)
     if not isinstance(entry, dict) or len(entry) != 1:
         document.complain(path, f"got {shown(entry)}", "one stage with its parameters: STAGE: {method: ..., ...}")
@@ -253,7 +253,14 @@ def _step(document: Document, index: int, entry: Any, table: Sequence[Stage]) ->
     model = params_model(line)
     given = {key: values[key] for key in values if key != "method"}
     params = check(model, document, (*path, stage), given, names=["method", *model.model_fields])
-    return None if params is None else Step(stage=line.stage, method=line.method, params=params.model_dump())
+    return None if params is None else Step(stage=line.stage, method=line.method, params=_placed(params, folder))
+
+
+def _placed(params: Params, folder: Path) -> dict[str, Any]:
+    """All values, with folders below the profile's ``folder``, or else the current one, as absolute paths."""
+    values = params.model_dump()
+    given = {name: values[name] for name in params.tokenizer_folders if values[name] is not None}
+    return values | {name: _absolute(text, folder, Path.cwd()) for name, text in given.items()}
 
 
 def _section(document: Document, name: str, table: Sequence[Stage]) -> Any:

@@ -310,7 +310,9 @@ def _digest(request: Request) -> str:
             **({"teachers": others} if others else {}),
             "stage": request.stage.name,
             "version": request.stage.version,
-            "params": request.params.model_dump(mode="json"),
+            "params": identities.params_identity(
+                request.params.model_dump(mode="json"), request.params.tokenizer_folders, file_sha256
+            ),
             "inputs": inputs,
             "teacher": teacher,
             "target": target,

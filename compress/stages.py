@@ -152,6 +152,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "model.distillation",
+        "cross_tokenizer",
+        "compress.model.distillation.cross_tokenizer.params:CrossTokenizerParams",
+        "compress.model.distillation.cross_tokenizer.stage:distill",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="train a student with another tokenizer on the teacher: ALM, GOLD or ULD",
+    ),
+    Stage(
+        "model.distillation",
         "gkd",
         "compress.model.distillation.on_policy_params:GkdParams",
         "compress.model.distillation.on_policy_stage:gkd",

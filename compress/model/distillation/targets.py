@@ -258,7 +258,7 @@ def shared_vocabulary(
             f"teacher and student have different tokenizers ({len(teacher_ids)} and {len(student_ids)} tokens; "
             f"{token!r} is {number} in one of them only)",
             "one tokenizer for both: distillation on logits compares token by token",
-            "Use init: teacher_layers or scratch, which take the teacher's tokenizer",
+            "Use init: teacher_layers or scratch, which take the teacher's tokenizer, or method: cross_tokenizer",
         )
     vocab = max(teacher_ids.values()) + 1
     for name, config in (("teacher", teacher_config), ("student", student_config)):

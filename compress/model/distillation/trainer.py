@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATION_TOKENS = 8192  # padded tokens of one held-out batch
+# (student, bf16) -> module whose call takes a batch and what the target function gave, and returns `LossParts`
+LossModule = Callable[[nn.Module, bool], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +145,16 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     vocab: int | None = None,
     name: str = "training",
     source: BatchSource | None = None,
+    loss_module: LossModule | None = None,
 ) -> TrainReport:
     """Train ``student`` in place on ``rows`` towards ``target_fn`` and return what came of it.
 
     ``target_fn`` may be ``None`` when ``settings.loss.kd_weight`` is 0. A `RowTable` is needed (instead of rows) by
     targets that look rows up. ``vocab`` is the number of token ids in use (default: all of the student's). ``name``
     tells several runs of one stage apart; checkpoints are ``ctx.work / name.*``. ``source`` says what each step trains
-    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. The student is
-    in eval mode after.
+    on (default: the rows, each in its turn); the held-out rows are judged by ``target_fn`` in any case. ``loss_module``
+    makes, of student and number format, what stands in the place of `DistillationModel`. The student is in eval mode
+    after.
 
     Raises:
         DataError: no rows, or a row without an answer token.
@@ -167,8 +171,18 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with threads(ctx.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        run = _Run(student, target_fn, table, settings, ctx, log_path=log_path, vocab=vocab, name=name, source=source)
-        return run.finish()
+        return _Run(
+            student,
+            target_fn,
+            table,
+            settings,
+            ctx,
+            log_path=log_path,
+            vocab=vocab,
+            name=name,
+            source=source,
+            loss_module=loss_module,
+        ).finish()
 
 
 @contextmanager
@@ -197,7 +211,9 @@ class _Run:
         vocab: int,
         name: str,
         source: BatchSource | None,
+        loss_module: LossModule | None,
     ) -> None:
+        self.loss_module = loss_module
         self.student, self.table, self.settings, self.ctx = student, table, settings, ctx
         # the teacher need not run for what is not looked at
         self.target_fn = target_fn if settings.loss.wants_teacher else None
@@ -255,7 +271,9 @@ class _Run:
             betas=settings.betas,
             bf16=self.at.bf16,
         )
-        model = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        model: nn.Module = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        if self.loss_module is not None:
+            model = self.loss_module(self.student, self.at.bf16)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -315,7 +333,8 @@ class _Run:
     def _losses(self, piece: Piece) -> LossParts:
         batch = piece.table.batch(piece.rows).to(self.accelerator.device)
         targets = None if piece.target_fn is None else piece.target_fn(batch)
-        parts: LossParts = self.model(batch, targets, piece.loss)
+        other = () if piece.loss is None else (piece.loss,)
+        parts: LossParts = self.model(batch, targets, *other)
         return parts
 
     def _log_line(self, extra: dict[str, float]) -> None:

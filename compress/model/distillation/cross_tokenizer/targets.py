@@ -1,0 +1,147 @@
+"""The teacher's side across tokenizers: a batch of the student's rows in, what the teacher says of them out.
+
+`OnlineTeacher` runs the teacher on the same rows in its own tokens; `CachedTeacher` reads the likelihoods of chunks
+that `fill_cache` stored. Both give `CrossTargets`. Knows nothing of the student and of losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import ModelError
+from compress.model.distillation.cache import shards
+from compress.model.distillation.cross_tokenizer.cache import ChunkCache
+from compress.model.distillation.cross_tokenizer.losses import Scores, Spans, chunk_sums, label_scores
+from compress.model.distillation.cross_tokenizer.pairs import Chunks, Pairs
+from compress.model.distillation.losses import States
+from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.distillation.targets import TEACHER_TOKENS, OnlineTargets
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
+
+SHARD_CHUNKS = 65_536  # a kill loses at most the teacher's work on these
+
+
+@dataclass(frozen=True, slots=True)
+class CrossTargets:
+    """What the teacher says of a batch.
+
+    Attributes:
+        chunks: which targets of the batch belong together.
+        scores: (C, 1 or 2), log-likelihood of each chunk, and that a word begins behind it (0 where the answer ends).
+        states: the teacher's states (C, width) before each chunk and its head; ``None`` where only ``scores`` count.
+        spans: the teacher's first token of each chunk and the log-likelihood of the others; likewise.
+    """
+
+    chunks: Chunks
+    scores: Tensor
+    states: States | None = None
+    spans: Spans | None = None
+
+
+class OnlineTeacher:
+    """Runs the teacher on every batch."""
+
+    def __init__(
+        self, online: OnlineTargets, table: RowTable, pairs: Pairs, *, edges: Tensor | None, whole: bool
+    ) -> None:
+        """``table`` holds the rows in the teacher's tokens, in the order of ``pairs``.
+
+        ``edges`` (V,) bool are the teacher's tokens that begin a word, where their probability is asked for; ``whole``
+        asks for the distributions before chunks.
+        """
+        self.online, self.table, self.pairs, self.edges, self.whole = online, table, pairs, edges, whole
+
+    def __call__(self, batch: Batch) -> CrossTargets:
+        return self.of_rows(batch.rows.numpy(), batch.labels.device)
+
+    def of_rows(self, rows: Indices, device: torch.device) -> CrossTargets:
+        """The targets of rows of the table, on ``device``."""
+        batch = self.table.batch(rows).to(device)
+        states = self.online(batch)
+        with torch.no_grad():
+            edges = None if self.edges is None else self.edges.to(device)
+            scores = label_scores(states.hidden, states.head, batch.labels, edges)
+        chunks = on_device(self.pairs.batch(rows), device)
+        found = CrossTargets(chunks, chunk_scores(scores, chunks.teacher, chunks.last))
+        if not self.whole:
+            return found
+        first = chunks.teacher[:, 0]
+        before = States(states.hidden[first], states.head, states.temperature)
+        return replace(found, states=before, spans=spans_of(scores.labels, batch.labels, chunks.teacher))
+
+
+class CachedTeacher:
+    """Reads the likelihoods of chunks from a cache."""
+
+    def __init__(self, cache: ChunkCache, table: RowTable, pairs: Pairs) -> None:
+        """Look every row up at once.
+
+        Raises:
+            DataError: a row is not in the cache.
+        """
+        self.pairs = pairs
+        self.values = cache.take([pairs.key(row, table) for row in range(len(table))])
+
+    def __call__(self, batch: Batch) -> CrossTargets:
+        rows = batch.rows.numpy()
+        starts, stops = self.pairs.starts[rows], self.pairs.starts[rows + 1]
+        places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        device = batch.labels.device
+        return CrossTargets(on_device(self.pairs.batch(rows), device), self.values[torch.from_numpy(places)].to(device))
+
+
+def chunk_scores(scores: Scores, ranges: Tensor, last: Tensor) -> Tensor:
+    """Columns of `CrossTargets.scores` from scores at positions: ``ranges`` (C, 2), ``last`` (C,) bool.
+
+    Nothing is predicted behind the last target of a row: where that ends the answer, a new beginning is certain.
+    """
+    sums = chunk_sums(scores.labels, ranges[:, 0], ranges[:, 1])
+    if scores.edges is None:
+        return sums[:, None]
+    behind = ranges[:, 1].clamp(max=len(scores.edges) - 1)
+    return torch.stack([sums, torch.where(last, 0.0, scores.edges[behind])], dim=1)
+
+
+def spans_of(logprobs: Tensor, labels: Tensor, ranges: Tensor) -> Spans:
+    """First token of each range (C, 2) of targets, and the log-probability of the others given what is before them."""
+    return Spans(labels[ranges[:, 0]], chunk_sums(logprobs, ranges[:, 0] + 1, ranges[:, 1]))
+
+
+def fill_cache(cache: ChunkCache, teacher: OnlineTeacher, progress: Progress) -> None:
+    """Compute what ``cache`` lacks of the teacher's table; killed and run again, it goes on at the next shard.
+
+    Shards and batches are cut from all rows, stored ones included, so that a resumed cache holds the very bits of an
+    unbroken one.
+    """
+    table, pairs = teacher.table, teacher.pairs
+    keys = [pairs.key(row, table) for row in range(len(table))]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # equal rows are computed once
+    rows = np.array(sorted(first.values(), key=lambda row: (table.lengths[row], keys[row])), dtype=np.int64)
+    counts = pairs.starts[1:] - pairs.starts[:-1]
+    with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
+        for piece in shards(counts[rows].tolist(), SHARD_CHUNKS):
+            run = rows[piece]
+            if not all(keys[row] in cache for row in run):
+                parts = [
+                    teacher.of_rows(part, teacher.online.head.device).scores.cpu()
+                    for part in cut(run, table.lengths, TEACHER_TOKENS)
+                ]
+                values = torch.cat(parts).float()
+                if not bool(torch.isfinite(values).all()):
+                    raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
+                cache.append([keys[row] for row in run], counts[run].tolist(), values)
+            bar.advance(int(table.lengths[run].sum()))
+
+
+def on_device(chunks: Chunks, device: torch.device) -> Chunks:
+    """The same chunks on ``device``."""
+    if device.type == "cpu":
+        return chunks
+    return Chunks(*(getattr(chunks, name).to(device) for name in Chunks.__slots__))
