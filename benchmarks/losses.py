@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -190,6 +191,7 @@ def main() -> None:
         start.append(study.measure(study.start))
         for name in names:
             found[name].append(study.run(name))
+            print(seed, name, *(f"{value:.4f}" for value in found[name][-1]), file=sys.stderr, flush=True)
     print("| loss | KL(teacher, student) | KL(student, teacher) | cross-entropy | CPU s |\n|---|---|---|---|---|")
     print("| the start | " + " | ".join(shown(column, 3) for column in zip(*start, strict=True)) + " | |")
     for name, rows in found.items():
