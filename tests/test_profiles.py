@@ -87,6 +87,7 @@ def test_the_wheel_takes_all_files_of_the_profiles():
     assert not needed - taken
 
 
+@pytest.mark.timeout(400)  # a whole profile; a loaded machine takes four times as long
 def test_the_hub_profile_runs_on_a_shrunken_twin(tmp_path):
     """Same architecture (9 heads in 3 groups, tied), random weights, every step of the profile."""
     config = json.loads((built_in_profiles() / "smollm2-135m" / "config.json").read_text(encoding="utf-8"))

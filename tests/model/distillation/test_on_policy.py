@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from compress.encoding import TokenRow
-from compress.errors import DataError, ModelError, TrainingError
+from compress.errors import DataError, ModelError, TrainingError, UserError
 from compress.model.distillation import on_policy as module
 from compress.model.distillation import on_policy_stage, rollouts
 from compress.model.distillation.losses import LossWeights
@@ -161,6 +161,23 @@ def test_divergence_on_made_answers_is_that_of_the_rows_unless_chosen(ready):
         on_policy_stage.gkd(GkdParams(**kept, made_divergence=name), ctx)
         found.append(files(ctx.out)["model.safetensors"])
     assert found[0] == found[1] != found[2]
+
+
+def test_made_answers_count_as_the_students_text(ready):
+    kept, found = {**QUICK, "on_policy_share": 1.0, "max_new_tokens": 12}, []
+    for name in ("skew_pair", "skew_reverse_kl", "skew_kl"):
+        ctx = ready(name)
+        on_policy_stage.gkd(GkdParams(**kept, made_divergence=name, made_number=0.2), ctx)
+        found.append(files(ctx.out)["model.safetensors"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_several_teachers_cannot_judge_made_answers(ready):
+    ctx = ready("mixed")
+    with pytest.raises(UserError, match="mixture"):
+        on_policy_stage.gkd(GkdParams(**QUICK, mixture={"teacher": 1.0}), ctx)
+    with pytest.raises(ValidationError, match="made_number belongs to"):
+        GkdParams(made_number=0.2)
 
 
 class Stopped(Exception):
