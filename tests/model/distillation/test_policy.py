@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import log_softmax
 
+from compress.model.distillation.logit_map import IDENTITY, LogitMap
 from compress.model.distillation.losses import Dense
 from compress.model.distillation.policy import PolicySettings, policy_loss, returns
 from tests.reference import on_policy as slow
@@ -37,20 +38,31 @@ def test_returns_equal_their_definition_and_stay_within_an_answer(discount, norm
     assert found.tolist() == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("logits", [IDENTITY, LogitMap(0.5, 2.0), LogitMap(3.0)])
 @pytest.mark.parametrize("chunk_elements", [V, 3 * V, 1 << 20])
 @pytest.mark.parametrize(
     "settings", [PolicySettings(), PolicySettings(discount=1.0, normalize=False, largest_weight=1.1)]
 )
-def test_value_and_gradient_equal_plain_loops(settings, chunk_elements):
+def test_value_and_gradient_equal_plain_loops(settings, chunk_elements, logits):
     hidden, head, labels, teacher, drawn = case()
     targets = Dense(log_softmax(teacher, -1))
     counts = torch.tensor(COUNTS)
     parts = policy_loss(
-        hidden, head, labels, targets, counts=counts, drawn=drawn, settings=settings, chunk_elements=chunk_elements
+        hidden,
+        head,
+        labels,
+        targets,
+        counts=counts,
+        drawn=drawn,
+        settings=settings,
+        chunk_elements=chunk_elements,
+        logits=logits,
     )
+    product = logits.scale * (hidden @ head.T)
+    mapped = product if logits.cap is None else logits.cap * torch.tanh(product / logits.cap)
     found = torch.autograd.grad(3.0 * parts.loss, (hidden, head))
     value, surrogate = slow.policy_surrogate(
-        hidden @ head.T,
+        mapped,
         teacher,
         labels.tolist(),
         list(COUNTS),
@@ -62,7 +74,7 @@ def test_value_and_gradient_equal_plain_loops(settings, chunk_elements):
     assert float(parts.loss.detach()) == pytest.approx(value, rel=1e-9)
     for mine, plain in zip(found, torch.autograd.grad(3.0 * surrogate, (hidden, head)), strict=True):
         torch.testing.assert_close(mine, plain)
-    assert float(parts.ce) == pytest.approx(float(-log_softmax(hidden @ head.T, -1)[range(N), labels].sum().detach()))
+    assert float(parts.ce) == pytest.approx(float(-log_softmax(mapped, -1)[range(N), labels].sum().detach()))
     assert float(parts.loss.detach()) >= 0
     assert float(parts.kl) >= 0
 
