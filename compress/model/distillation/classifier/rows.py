@@ -8,7 +8,7 @@ segments 1..K of one sequence; an answer sees the prompt and itself. Knows nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,8 @@ class Tree:
 
     def to(self, device: torch.device) -> Tree:
         """The same on ``device``."""
-        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Tree(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        moved = {one.name: getattr(self, one.name).to(device) for one in fields(self) if one.name != "classes"}
+        return replace(self, **moved)
 
 
 class ClassTable:

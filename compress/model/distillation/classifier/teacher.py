@@ -38,7 +38,7 @@ class Taught:
         scores: (R, K), log-likelihoods of the classes' answers.
         attributions: one number per token of the table's flat arrays; ``None`` where none were asked for.
         asked_again: rows asked with each deeper prompt.
-        gap: mean over rows of |sum of attributions - difference of scores| / |difference|.
+        gap: |sum of attributions - difference of scores|, summed over rows, as a share of the summed |difference|.
     """
 
     scores: Tensor
@@ -120,9 +120,9 @@ def explain(teacher: Teacher, tree: Tree, chosen: Tensor) -> tuple[Tensor, Tenso
 def _attributions(
     teacher: Teacher, table: ClassTable, chosen: Tensor, path: Path, progress: Progress
 ) -> tuple[Tensor, float]:
-    """Attributions in the table's flat order, and the mean gap; gone on with from ``path``."""
+    """Attributions in the table's flat order, and the gap; gone on with from ``path``."""
     pieces = _pieces(table)
-    flat, gaps, done = torch.zeros(table.flat.shape[1]), torch.zeros(len(table)), 0
+    flat, gaps, done = torch.zeros(table.flat.shape[1]), torch.zeros(len(table), 2), 0
     saved = read_tensors(path)
     if saved is not None and saved[0]["flat"].shape == flat.shape and torch.equal(saved[0]["chosen"], chosen):
         flat, gaps, done = saved[0]["flat"], saved[0]["gaps"], int(saved[1]["done"])
@@ -134,13 +134,13 @@ def _attributions(
             found, difference = explain(teacher, table.batch(rows), chosen[torch.from_numpy(rows)])
             real, source = table.places(rows)
             flat[torch.from_numpy(source[real])] = found[torch.from_numpy(real)].float()
-            off = (found.sum(1) - difference).abs() / difference.abs().clamp_min(1e-6)
+            off = torch.stack([(found.sum(1) - difference).abs(), difference.abs()], dim=1)
             gaps[torch.from_numpy(rows)] = off.float()
             bar.advance()
             if time.monotonic() - clock > SAVE_SECONDS or index + 1 == len(pieces):
                 save_tensors(path, {"flat": flat, "gaps": gaps, "chosen": chosen}, {"done": index + 1})
                 clock = time.monotonic()
-    return flat, float(gaps.mean())
+    return flat, float(gaps[:, 0].sum() / gaps[:, 1].sum().clamp_min(1e-9))
 
 
 def _pieces(table: ClassTable) -> list[Indices]:
