@@ -1,7 +1,7 @@
 """What a teacher wins for a small classifier with few labels, and what its attributions add, at equal steps.
 
     python benchmarks/classifier.py SNIPS [--seeds 3] [--steps 150] [--labels 3] [--rows 300] [--teacher-rows 1500]
-        [--teacher-steps 200] [--points 16] [--only NAME ...]
+        [--teacher-steps 200] [--points 32] [--only NAME ...]
 
 SNIPS is the folder of the intent data (``train_*.json``, ``validate_*.json``). The teacher is trained here, from
 random weights, on the labels of ``--teacher-rows`` rows; the students see ``--labels`` labels per class and ``--rows``
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("snips", type=Path)
     for name, value in (
         ("seeds", 3), ("steps", 150), ("labels", 3), ("rows", 300), ("teacher-rows", 1500), ("teacher-steps", 200),
-        ("points", 16),
+        ("points", 32),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=4e-3)
