@@ -75,7 +75,7 @@ class ClassifierParams(Params):
     attribution_baseline: Literal["mean", "zero"] = Field(
         "mean",
         description="where the integral starts: the mean of all embeddings, or zero as in the paper, "
-        "where models with RMS norms turn so fast that it takes many more points",
+        "where models with RMS norms turn so fast that it takes more points",
     )
 
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the rows; a part is allowed")
