@@ -66,7 +66,7 @@ def class_scores(
     told = spread[which, tree.ids[row, place]]
     sums = told.new_zeros(len(tree.ids) * tree.classes)
     sums = sums.index_add(0, row * tree.classes + tree.segments[row, place] - 1, told)
-    return Heard(sums.view(-1, tree.classes), out.hidden_states[-2] if inner else None)
+    return Heard(sums.view(-1, tree.classes), out.hidden_states[-2].to(head.dtype) if inner else None)
 
 
 def answer_lengths(tree: Tree) -> Tensor:

@@ -27,7 +27,7 @@ from compress.model.distillation.classifier.teacher import Taught, Teacher, teac
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable, split_rows
-from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.settings import TrainSettings, training_device
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import threads, train
@@ -124,6 +124,7 @@ def _lesson(
     """What the student learns from, the rows that are left, figures and notes."""
     params = teacher.params
     table = ClassTable(questions.asked, len(questions.classes))
+    teacher.model.to(training_device())
     taught = teach(teacher, questions, table, ctx.work, ctx.progress) if params.wants_teacher else None
     figures, notes = _said(taught, questions, params)
     labels = torch.from_numpy(questions.labels)

@@ -62,6 +62,11 @@ class Teacher:
     vocab: int
     params: ClassifierParams
 
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return embedding(self.model).weight.device
+
     def scores(self, tree: Tree, embeds: Tensor | None = None) -> Tensor:
         """(B, K) as the parameters want them."""
         found = class_scores(self.model, tree, vocab=self.vocab, embeds=embeds).scores
@@ -72,7 +77,7 @@ class Teacher:
         found = torch.zeros(len(table), table.classes)
         for rows in _pieces(table):
             with torch.no_grad():
-                found[torch.from_numpy(rows)] = self.scores(table.batch(rows)).float()
+                found[torch.from_numpy(rows)] = self.scores(table.batch(rows).to(self.device)).float().cpu()
         return found
 
 
@@ -134,7 +139,9 @@ def _attributions(
         bar.advance(done)
         for index in range(done, len(pieces)):
             rows = pieces[index]
-            found, difference = explain(teacher, table.batch(rows), chosen[torch.from_numpy(rows)])
+            tree = table.batch(rows).to(teacher.device)
+            found, difference = explain(teacher, tree, chosen[torch.from_numpy(rows)].to(teacher.device))
+            found, difference = found.cpu(), difference.cpu()
             real, source = table.places(rows)
             flat[torch.from_numpy(source[real])] = found[torch.from_numpy(real)].float()
             off = torch.stack([(found.sum(1) - difference).abs(), difference.abs()], dim=1)

@@ -65,7 +65,14 @@ def ready(context, place):
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"attribution_weight": 0.5}, {"kd_weight": 0.0}, {"temperature": 3.0, "accumulate": 2}]
+    "given",
+    [
+        {},
+        {"attribution_weight": 0.5},
+        {"attribution_weight": 0.5, "precision": "bf16"},
+        {"kd_weight": 0.0},
+        {"temperature": 3.0, "accumulate": 2},
+    ],
 )
 def test_student_opens_plainly_and_has_learned(ready, given):
     ctx = ready()
@@ -92,7 +99,7 @@ def test_a_student_cut_out_of_the_teacher_and_one_that_goes_on(ready, place):
 
 
 def test_it_learns_the_labels(ready):
-    result = distill(ClassifierParams(**(QUICK | {"steps": 60, "kd_weight": 0.0})), ready())
+    result = distill(ClassifierParams(**(QUICK | {"steps": 120, "kd_weight": 0.0})), ready())
     assert result.metrics["validation_accuracy"] == 1
     assert result.metrics["validation_class_mass"] > 0.8
 
@@ -233,7 +240,7 @@ def test_questions_are_chats_and_texts_and_know_their_own_text(tmp_path, place):
 def test_rows_that_are_no_questions_are_refused(ready, tmp_path, rows, given, message):
     ctx = ready(inputs={"data": save(tmp_path / "rows", rows)})
     with pytest.raises(DataError) as caught:
-        distill(ClassifierParams(**given), ctx)
+        distill(ClassifierParams(**(QUICK | given)), ctx)
     assert message in str(caught.value)
     assert not list(ctx.out.iterdir())
 
