@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 
 from compress.encoding import SLOT as FILLER
-from compress.encoding import TokenRow, encode_prompt, encode_rows
+from compress.encoding import AskedRow, TokenRow, asked_rows, encode_answers, encode_prompt
 from compress.errors import DataError
 from compress.model.distillation.classifier.params import SLOT, ClassifierParams
 from compress.model.distillation.packing import Indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from compress.data.rows import Row
-
-ANY_LENGTH = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +57,7 @@ class Questions:
     asked: list[Question]
     classes: list[str]
     labels: npt.NDArray[np.int64]
-    rows: list[Row]
+    rows: list[AskedRow]
 
     def pick(self, rows: Sequence[int]) -> Questions:
         """Only ``rows``."""
@@ -160,9 +156,7 @@ def read_questions(folder: Path, tokenizer: PreTrainedTokenizerFast, params: Cla
             user's message, or one longer than ``max_tokens``.
         ModelError: the tokenizer has no chat template.
     """
-    from compress.data.rows import read_rows  # pyarrow loads on use
-
-    rows = read_rows(folder)
+    rows = asked_rows(folder)
     classes = params.classes or sorted({row.label for row in rows if row.label is not None})
     if len(classes) < 2:
         raise DataError(
@@ -181,7 +175,7 @@ def read_questions(folder: Path, tokenizer: PreTrainedTokenizerFast, params: Cla
     return Questions(asked, classes, labels, rows)
 
 
-def _label(row: Row, classes: Sequence[str], answers: Sequence[str]) -> int:
+def _label(row: AskedRow, classes: Sequence[str], answers: Sequence[str]) -> int:
     if row.label is None:
         return answers.index(row.answer) if row.answer in answers else -1
     if row.label not in classes:
@@ -190,23 +184,14 @@ def _label(row: Row, classes: Sequence[str], answers: Sequence[str]) -> int:
 
 
 def ask(
-    rows: Sequence[Row], answers: Sequence[str], prompt: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int
+    rows: Sequence[AskedRow], answers: Sequence[str], prompt: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> list[Question]:
     """The questions of ``rows`` under ``prompt``; raises as `read_questions`."""
-    from compress.data.rows import make_row
-
-    talks, fillers = [], []
-    for row in rows:
-        before, text = _message(row)
-        for answer in answers:
-            user = {"role": "user", "content": prompt.replace(SLOT, text)}
-            talks.append(make_row(messages=[*before, user, {"role": "assistant", "content": answer}]))
-        fillers.append([*before, {"role": "user", "content": prompt.replace(SLOT, FILLER)}])
-    encoded = encode_rows(talks, tokenizer, max_tokens=ANY_LENGTH)
-    known: dict[str, list[int]] = {}
+    bare: dict[str, list[int]] = {}  # what a prompt is without the row's text
     asked = []
-    for index, (row, filler) in enumerate(zip(rows, fillers, strict=True)):
-        mine = encoded[index * len(answers) : (index + 1) * len(answers)]
+    for row in rows:
+        user, filler = ({"role": "user", "content": prompt.replace(SLOT, text)} for text in (row.text, FILLER))
+        mine = encode_answers(row.id, [*row.before, user], answers, tokenizer)
         longest = max(len(one.ids) for one in mine)
         if longest > max_tokens:
             raise DataError(
@@ -215,22 +200,13 @@ def ask(
                 f"at most max_tokens, {max_tokens}",
                 "Raise max_tokens, or drop long rows by data.selection heuristics",
             )
-        bare = known.setdefault(str(filler), []) or encode_prompt(filler, tokenizer)
-        known[str(filler)] = bare
+        key = str(row.before)
+        if key not in bare:
+            bare[key] = encode_prompt([*row.before, filler], tokenizer)
         ids = mine[0].prompt
-        first, last = _differs(ids, bare)
+        first, last = _differs(ids, bare[key])
         asked.append(Question(row.id, ids, tuple(one.ids[len(ids) :] for one in mine), first, last))
     return asked
-
-
-def _message(row: Row) -> tuple[list[Any], str]:
-    """What stands before the row's last user message, and that message."""
-    if not row.is_chat:
-        return [], row.text
-    turns = list(row.prompt)
-    if not turns or turns[-1]["role"] != "user":
-        raise DataError(f"row {row.id}", "no user's message to classify", "a text, or a chat whose prompt ends in one")
-    return turns[:-1], turns[-1]["content"]
 
 
 def _differs(ids: Sequence[int], other: Sequence[int]) -> tuple[int, int]:

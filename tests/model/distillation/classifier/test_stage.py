@@ -232,7 +232,7 @@ def test_questions_are_chats_and_texts_and_know_their_own_text(tmp_path, place):
         (
             [make_row(messages=[{"role": "assistant", "content": "a"}], label="x"), make_row(text="b", label="y")],
             {},
-            "no user's message to classify",
+            "no user's message to answer",
         ),
         ([make_row(text="a"), make_row(text="b")], {"classes": ["x", "y"], "kd_weight": 0.0}, "no row has a label"),
     ],
