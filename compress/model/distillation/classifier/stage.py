@@ -7,6 +7,7 @@ Knows nothing of profiles or of the store.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compress.context import StageContext, StageResult
 from compress.encoding import load_tokenizer
-from compress.errors import DataError
+from compress.errors import DataError, ModelError
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
 from compress.model.distillation.classifier.model import ClassifierModel, ClassLesson, measure
 from compress.model.distillation.classifier.params import ClassifierParams
@@ -115,7 +116,21 @@ def _models(
     own = tokenizer if start is None else load_tokenizer(start)
     vocab = shared_vocabulary((configs[0], tokenizer.get_vocab()), (configs[1], own.get_vocab()), where=ctx.name)
     check_rows_fit(RowTable(longest, vocab=vocab, where=ctx.name), configs, where=ctx.name)
+    check_windows(configs, max(len(row.ids) for row in longest), where=ctx.name)
     return _Models(teacher, student, vocab), notes
+
+
+def check_windows(configs: Sequence[Mapping[str, Any]], longest: int, *, where: str) -> None:
+    """Raise ModelError when a model would not see a whole row: answers that share a prompt know no window."""
+    for config in configs:
+        windows = any(kind != "full_attention" for kind in config.get("layer_types") or ())
+        if windows and longest > int(config.get("sliding_window") or longest):
+            raise ModelError(
+                where,
+                f"a row of {longest} tokens, and layers that see {config['sliding_window']} tokens back",
+                "rows within the window, or a model without one",
+                "Lower max_tokens and drop longer rows",
+            )
 
 
 def _lesson(

@@ -250,6 +250,15 @@ def test_no_checkpoint_to_go_on_from_is_refused(ready):
         distill(ClassifierParams(init="checkpoint"), ready())
 
 
+def test_a_window_that_a_row_does_not_fit_into_is_refused():
+    full = {"layer_types": ["full_attention"], "sliding_window": 8}
+    short = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    stage.check_windows([full, {}], 9, where="here")
+    stage.check_windows([short], 8, where="here")
+    with pytest.raises(ModelError, match="a row of 9 tokens, and layers that see 8 tokens back"):
+        stage.check_windows([full, short], 9, where="here")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
