@@ -139,7 +139,7 @@ def _lesson(
     """What the student learns from, the rows that are left, figures and notes."""
     params = teacher.params
     table = ClassTable(questions.asked, len(questions.classes))
-    teacher.model.to(training_device())
+    teacher.model.to(training_device()).requires_grad_(False)
     taught = teach(teacher, questions, table, ctx.work, ctx.progress) if params.wants_teacher else None
     figures, notes = _said(taught, questions, params)
     labels = torch.from_numpy(questions.labels)

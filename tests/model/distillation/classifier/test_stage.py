@@ -19,6 +19,8 @@ from compress.model.distillation.classifier import stage, teacher
 from compress.model.distillation.classifier.params import ClassifierParams
 from compress.model.distillation.classifier.rows import ClassTable, read_questions
 from compress.model.distillation.classifier.stage import distill
+from compress.model.quantization.gptq_stage import round_to_nearest
+from compress.model.quantization.params import RtnParams
 from compress.stages import find, load_function, params_model
 from compress.teachers import open_teacher
 from tests.model.distillation.conftest import files
@@ -98,10 +100,23 @@ def test_a_student_cut_out_of_the_teacher_and_one_that_goes_on(ready, place):
     assert files(other.out)["model.safetensors"] != files(ctx.out)["model.safetensors"]
 
 
-def test_it_learns_the_labels(ready):
-    result = distill(ClassifierParams(**(QUICK | {"steps": 120, "kd_weight": 0.0})), ready())
+def test_it_learns_the_labels_and_answers_with_their_words_also_when_quantized(ready, place):
+    ctx = ready()
+    result = distill(ClassifierParams(**(QUICK | {"steps": 120, "kd_weight": 0.0})), ctx)
     assert result.metrics["validation_accuracy"] == 1
     assert result.metrics["validation_class_mass"] > 0.8
+    later = ready("later", inputs={"model": ctx.out})
+    round_to_nearest(RtnParams(bits=8, group_size=32), later)
+    check_folder(later.out)
+    tokenizer = load_tokenizer(ctx.out)
+    rows = rows_of(60)
+    for folder in (ctx.out, later.out):
+        model, right = load_model(folder), 0
+        for row in rows:
+            ids = torch.tensor([encode_prompt([{"role": "user", "content": row.text}], tokenizer)])
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+            right += tokenizer.decode(made[0, ids.shape[1] :]) == f"{row.label}<|end|>"
+        assert right / len(rows) > 0.9
 
 
 def test_attributions_come_nearer_with_their_weight(ready):
