@@ -7,9 +7,9 @@ SNIPS is the folder of the intent data (``train_*.json``, ``validate_*.json``). 
 random weights, on the labels of ``--teacher-rows`` rows; the students see ``--labels`` labels per class and ``--rows``
 rows without. Every line has the same start, steps and order, drawn by the seed; lines with ``few`` never see the rows
 without a label. The controls learn from attributions whose tokens were shuffled within each row, or from a teacher
-whose classes were shuffled among the rows. Prints a Markdown table: on rows that no step saw, accuracy, macro F1,
-agreement with the teacher, calibration error, and the cosine of the student's and the teacher's attributions (on the
-first 140).
+whose classes were shuffled among the rows; ``40 % wrong`` gives that share of the rows the scores of other classes.
+Prints a Markdown table: on rows that no step saw, accuracy, macro F1, agreement with the teacher, calibration error,
+and the cosine of the student's and the teacher's attributions (on the first 140).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from compress.model.distillation.classifier.teacher import Taught, Teacher, expl
 from compress.progress import Progress
 from compress.teachers import open_teacher
 
-FEW = "few"
+FEW, WRONG = "few", 0.4
 WAYS: dict[str, dict[str, Any]] = {
     "labels, few": {"kd_weight": 0.0},
     "labels, few, attributions": {"kd_weight": 0.0, "attribution_weight": 1.0},
@@ -52,6 +52,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "soft labels, attributions": {"kd_weight": 0.9, "attribution_weight": 1.0},
     "soft labels, shuffled attributions": {"kd_weight": 0.9, "attribution_weight": 1.0},
     "soft labels, shuffled teacher": {"kd_weight": 0.9},
+    "teacher's classes as labels, 40 % wrong": {"kd_weight": 0.0, "unlabelled": "teacher"},
+    "soft labels, 40 % wrong": {"kd_weight": 0.9},
 }
 SPECIAL = ("<|pad|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (
@@ -126,6 +128,11 @@ def spoiled(way: str, seed: int, known: dict[Any, Taught]) -> Any:
     def wrong(teacher: Teacher, questions: Questions, table: ClassTable, *rest: Any) -> Taught:
         taught = heard(teacher, questions, table, *rest)
         draw = np.random.default_rng(seed)
+        if "wrong" in way:
+            scores = taught.scores.clone()
+            for row in draw.choice(len(table), round(WRONG * len(table)), replace=False):
+                scores[row] = scores[row].roll(int(draw.integers(1, table.classes)))
+            return replace(taught, scores=scores)
         if "shuffled teacher" in way:
             return replace(taught, scores=taught.scores[torch.from_numpy(draw.permutation(len(table)))])
         assert taught.attributions is not None, "this control is of attributions"
@@ -135,7 +142,7 @@ def spoiled(way: str, seed: int, known: dict[Any, Taught]) -> Any:
             flat[torch.from_numpy(own)] = flat[torch.from_numpy(draw.permutation(own))]
         return replace(taught, attributions=flat)
 
-    return wrong if "shuffled" in way else heard
+    return wrong if "shuffled" in way or "wrong" in way else heard
 
 
 class Exam:
