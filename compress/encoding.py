@@ -58,6 +58,20 @@ class TokenRow:
         return sum(self.answer)
 
 
+@dataclass(frozen=True, slots=True)
+class AskedRow:
+    """One row as a request: the messages ``before`` the user's last, its ``text``, and what the row says to it.
+
+    ``answer`` is empty where the row has none. A text is a user's message.
+    """
+
+    id: str
+    before: tuple[Message, ...]
+    text: str
+    label: str | None
+    answer: str
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer of a model folder exactly as its ``tokenizer.json`` says; never from the network.
 
@@ -159,6 +173,41 @@ def ids_of_source(folder: Path, source: str) -> frozenset[str]:
         named = ", ".join(sorted({row.source for row in rows})[:8])
         raise DataError(str(folder), f"no row of source {source!r}", f"one of its sources: {named}")
     return found
+
+
+def asked_rows(folder: Path) -> list[AskedRow]:
+    """Read a data artifact as requests, in its order.
+
+    Raises:
+        DataError: no artifact, or a row whose prompt does not end in a user's message.
+    """
+    from compress.data.rows import read_rows  # pyarrow loads on use
+
+    found = []
+    for row in read_rows(folder):
+        turns = row.prompt if row.is_chat else ({"role": "user", "content": row.text},)
+        if not turns or turns[-1]["role"] != "user":
+            raise DataError(
+                f"row {row.id}", "no user's message to answer", "a text, or a chat whose prompt ends in one"
+            )
+        found.append(AskedRow(row.id, turns[:-1], turns[-1]["content"], row.label, row.answer))
+    return found
+
+
+def encode_answers(
+    id: str, prompt: Sequence[Message], answers: Sequence[str], tokenizer: PreTrainedTokenizerFast
+) -> list[TokenRow]:
+    """Encode each of ``answers`` behind the same ``prompt``; ``id`` names the row in errors.
+
+    Raises:
+        DataError: the prompt or an answer does not fit the template.
+        ModelError: the tokenizer has no chat template.
+    """
+    from compress.data.rows import Row  # pyarrow loads on use
+
+    before = tuple(dict(message) for message in prompt)
+    rows = [Row(id, messages=(*before, {"role": "assistant", "content": answer})) for answer in answers]
+    return _encode_chats(rows, tokenizer)
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:

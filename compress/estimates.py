@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from compress import hub
 from compress.errors import TargetError
+from compress.model.distillation.classifier.params import ClassifierParams
 from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
 from compress.model.distillation.cross_tokenizer.shapes import scratch_config
 from compress.model.distillation.student_shapes import student_shape
@@ -212,14 +213,17 @@ class _Walk:
         elif isinstance(params, CrossTokenizerParams):
             state = _State(scratch_config(self.teacher.config, params))
         else:
-            shape, _ = student_shape(self.teacher.config, params, where=node.name)
+            start = params.student if isinstance(params, ClassifierParams) else params
+            shape, _ = student_shape(self.teacher.config, start, where=node.name)
             config = with_shape(self.teacher.config, shape)
             if params.head_dim is not None:
                 config["head_dim"] = params.head_dim
             state = _State(config)
         self._becomes(node, state)
         tokens = params.steps * params.batch_tokens if params.steps else params.epochs * self._tokens()
-        seen = self._tokens() if params.targets == "cache" else tokens
+        seen = self._tokens() if isinstance(params, ClassifierParams) or params.targets == "cache" else tokens
+        if isinstance(params, ClassifierParams) and params.attribution_weight:
+            seen *= 3 * params.attribution_points  # a backward pass costs two forward ones
         self._training_memory(state, params)
         if not self.rows_known and not params.steps:
             return None

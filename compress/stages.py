@@ -163,6 +163,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "model.distillation",
+        "classifier",
+        "compress.model.distillation.classifier.params:ClassifierParams",
+        "compress.model.distillation.classifier.stage:distill",
+        reads=("data",),
+        optional=("model",),
+        writes="model",
+        uses=("teacher",),
+        summary="train a small student to answer with a class: labels, teacher's classes, attributions",
+    ),
+    Stage(
+        "model.distillation",
         "gkd",
         "compress.model.distillation.on_policy_params:GkdParams",
         "compress.model.distillation.on_policy_stage:gkd",
