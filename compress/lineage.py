@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.files import licence_of
-from compress.plans import Node, Outside, Plan
+from compress.plans import Node, Outside, Plan, named_teachers
 
 CARRIED = "edgestill.json"  # what a checkpoint says of the step that made it
 FIGURES = ("training", "figures")  # its tables of figures
@@ -59,6 +59,7 @@ def _origins(planned: Plan, nodes: list[Node]) -> list[dict[str, Any]]:
         teacher = planned.facts.teacher if node.stage.wants_teacher else None
         if teacher is not None:
             outside["teacher"] = teacher
+        outside |= {f"teacher {name}": planned.facts.teachers[name] for name in named_teachers(node.params)}
         for slot, source in outside.items():
             # the name of a run's source is "data.source.read of pool"; of a file, its name is part of its digest
             role = node.name.rpartition(" of ")[2] if slot == "source" else slot

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compress.model.distillation.losses import CHUNK_ELEMENTS
 from compress.model.distillation.packing import RowTable, cut
 from compress.model.distillation.targets import OnlineTargets
 
-CONFIDENCE_TOKENS = 16_384  # padded tokens on which the teacher's confidence is taken
+CONFIDENCE_TOKENS = 16_384  # tokens on which the teacher's confidence is taken
 
 
 @torch.no_grad()
@@ -21,14 +22,16 @@ def confidence(teacher: nn.Module, table: RowTable, seed: int) -> float:
     Over targets alone, each counted once; padding and prompts take no part.
     """
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).numpy()
+    taken = order[: int(table.lengths[order].cumsum().searchsorted(CONFIDENCE_TOKENS)) + 1]
+    rows = taken[table.lengths[taken].argsort(kind="stable")]
     online = OnlineTargets(teacher, vocab=table.vocab)
-    total, count, tokens = 0.0, 0, 0
-    for rows in cut(order, table.lengths, CONFIDENCE_TOKENS // 8):
-        batch = table.batch(rows).to(online.head.device)
-        logprobs = online(batch).narrow(0, len(batch.labels)).logprobs
-        total += float(logprobs.gather(1, batch.labels[:, None]).exp().double().sum())
+    total, count, step = 0.0, 0, max(1, CHUNK_ELEMENTS // table.vocab)
+    for piece in cut(rows, table.lengths, CONFIDENCE_TOKENS // 8):
+        batch = table.batch(piece).to(online.head.device)
+        said = online(batch)
+        for at in range(0, len(batch.labels), step):
+            labels = batch.labels[at : at + step]
+            found = said.narrow(at, at + len(labels)).logprobs.gather(1, labels[:, None])
+            total += float(found.exp().double().sum())
         count += len(batch.labels)
-        tokens += batch.input_ids.numel()
-        if tokens >= CONFIDENCE_TOKENS:
-            break
     return total / count

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.model.layers import output_head
+from compress.model.shapes import SUPPORTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ def logit_map(model: nn.Module) -> LogitMap:
     Raises:
         ModelError: the head has a bias or the config a scale of 0 or below, which no loss here accounts for.
     """
+    if type(model).__name__ in SUPPORTED:
+        return IDENTITY  # these classes ignore such keys
     config: Any = getattr(model, "config", None)
     factor, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     cap = getattr(config, "final_logit_softcapping", None)

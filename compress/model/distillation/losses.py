@@ -139,7 +139,8 @@ class Marks:
 class LossParts:
     """Sums over the positions: ``loss`` carries the gradient; ``ce`` and ``kl`` do not.
 
-    ``kl`` is KL(teacher || student) without any factor, whatever the loss is made of.
+    ``kl`` is KL(teacher || student) without any factor, whatever the loss is made of. Towards draws it is that of their
+    shares, above the teacher's by what the draws lack of its entropy: the same for every student.
     """
 
     loss: Tensor

@@ -92,6 +92,8 @@ def told(names: Mapping[str, float], said: Sequence[Any], rows: Sequence[str], *
     order = {name: at for at, name in enumerate(names)}
     allowed = f"one of {', '.join(names)}, or a mapping of them to weights of 0 or more, not all 0"
     for row, (value, name_of_row) in enumerate(zip(said, rows, strict=True)):
+        if not isinstance(value, str | dict):
+            raise DataError(f"row {name_of_row}: {where}", f"got {value!r}", allowed)
         wanted = value if isinstance(value, dict) else {value: 1.0}
         for name, weight in wanted.items():
             usable = isinstance(weight, int | float) and 0 <= weight < float("inf")

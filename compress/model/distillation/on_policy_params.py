@@ -39,6 +39,12 @@ class OnPolicyParams(LogitsParams):
         "note", description="when made answers are empty, endless or repeat themselves: say so, or stop"
     )
 
+    @model_validator(mode="after")
+    def _share_can_move(self) -> OnPolicyParams:
+        if self.share_schedule == "adaptive" and not (self.validation_share and self.validation_rows):
+            raise ValueError("share_schedule: adaptive needs held-out rows: give validation_share and validation_rows")
+        return self
+
 
 class GkdParams(OnPolicyParams):
     """Generalized KD (Agarwal et al. 2024): the divergence also on the student's own answers."""
@@ -61,6 +67,12 @@ class GkdParams(OnPolicyParams):
         if self.made_number is not None and self.made_divergence not in NUMBERS:
             takes = ", ".join(NUMBERS)
             raise ValueError(f"made_number belongs to made_divergence {takes}; got {self.made_divergence}")
+        if self.made_number == 1 and str(self.made_divergence).startswith("skew"):
+            raise ValueError("made_number 1 leaves nothing of the student in the mixture: give a skew below 1")
+        if self.divergence == "skew_pair" and self.made_divergence not in (None, "skew_pair", "skew_reverse_kl"):
+            raise ValueError(f"divergence: skew_pair needs made_divergence: null; got {self.made_divergence}")
+        if self.replay_share and not self.buffer_rows:
+            raise ValueError("replay_share needs buffer_rows above 0: nothing is kept for use again")
         return self
 
     def made_rule(self) -> tuple[DivergenceName, float] | None:

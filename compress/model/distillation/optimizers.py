@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from compress.model.layers import decoder_layers
+
 OptimizerName = Literal["muon", "adamw"]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al. 2024): steepest at zero
 ITERATIONS = 5
@@ -95,10 +97,9 @@ def make_optimizer(
     each at its own pace, stay with AdamW.
     """
     named = {label: p for label, p in model.named_parameters() if p.requires_grad}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(m.weight) for label, m in model.named_modules() if label.endswith("lm_head") and hasattr(m, "weight")}
-    inner = [p for p in named.values() if p.ndim == 2 and id(p) not in tables]
-    outer = [p for p in named.values() if p.ndim == 2 and id(p) in tables]
+    inside = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
+    inner = [p for p in named.values() if p.ndim == 2 and id(p) in inside]
+    outer = [p for p in named.values() if p.ndim == 2 and id(p) not in inside]
     vectors = [p for p in named.values() if p.ndim != 2]
     adam: dict[str, Any] = {"lr": learning_rate, "betas": betas}
     if name == "muon" and inner:

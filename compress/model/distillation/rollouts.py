@@ -240,14 +240,15 @@ def _speculated(rows: _Rows, top_k: int, block: int) -> None:
         proposed.append(tokens)
         chances.append(log_chance(probabilities, tokens))
     read = torch.stack([before, *proposed[:-1]], dim=1)  # (B, block)
-    judged = rows.probabilities(teacher.read(read), teacher)  # (B, block, V)
-    floor = judged.topk(top_k, dim=-1).values[..., -1:]  # (B, block, 1), the last of the likeliest
+    states = teacher.read(read)  # (B, block, H); the distributions are made one place at a time
     start = student.at - block
     going = rows.alive
     taken = torch.zeros_like(start)
     for ahead, (token, chance) in enumerate(zip(proposed, chances, strict=True)):
-        best = judged[:, ahead].masked_fill(judged[:, ahead] < floor[:, ahead], 0.0)
-        fine = (judged[:, ahead] >= floor[:, ahead]).gather(1, token[:, None])[:, 0]
+        judged = rows.probabilities(states[:, ahead], teacher)  # (B, V)
+        floor = judged.topk(top_k, dim=-1).values[:, -1:]  # (B, 1), the last of the likeliest
+        best = judged.masked_fill(judged < floor, 0.0)
+        fine = (judged >= floor).gather(1, token[:, None])[:, 0]
         other = pick(best, rows.draw(1))
         instead = log_chance(best / best.sum(dim=-1, keepdim=True), other)
         taken += going.long()

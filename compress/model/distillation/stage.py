@@ -128,7 +128,7 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
     if ctx.teacher.folder is None and start is not None:
         return start
-    folder = local_folder(ctx.teacher.folder, where=ctx.name)
+    folder = local_folder(ctx.teacher.folder, where=ctx.name, endpoint=True)
     check_folder(folder)
     return folder
 

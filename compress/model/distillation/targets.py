@@ -269,18 +269,21 @@ def shared_vocabulary(
     return vocab
 
 
-def local_folder(folder: Path | None, *, where: str) -> Path:
-    """The folder of a teacher that must be at hand as weights.
+def local_folder(folder: Path | None, *, where: str, endpoint: bool = False) -> Path:
+    """The folder of a teacher that must be at hand as weights; ``endpoint``: whether one could teach here otherwise.
 
     Raises:
         ModelError: the teacher is a recording, or an endpoint where a model is needed.
     """
     if folder is None:
+        other = (
+            "; an endpoint can teach alone, and only a student that is there already (init: checkpoint) or that a "
+            "local teacher gives its shape (mixture: {NAME: 1})"
+        )
         raise ModelError(
             where,
             "the teacher is not a local model, and distillation on logits needs all its log-probabilities",
-            "a teacher given as a model folder; an endpoint can teach alone, and only a student that is there already "
-            "(init: checkpoint) or that a local teacher gives its shape (mixture: {NAME: 1})",
+            f"a teacher given as a model folder{other if endpoint else ''}",
         )
     return folder
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.encoding import load_tokenizer, row_values
-from compress.errors import ModelError, UserError
+from compress.errors import DataError, ModelError, UserError
 from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.cache import TargetCache
 from compress.model.distillation.endpoint_targets import endpoint_targets
@@ -68,7 +68,8 @@ def heard(params: LogitsParams, ctx: StageContext) -> dict[str, Teacher]:
     found = {name: known[name] for name in params.voices}
     for name, teacher in found.items():
         if len(found) > 1 or not isinstance(teacher, EndpointTeacher):
-            local_folder(teacher.folder, where=f"{ctx.name}.mixture.{name}" if params.mixture else ctx.name)
+            where = f"{ctx.name}.mixture.{name}" if params.mixture else ctx.name
+            local_folder(teacher.folder, where=where, endpoint=True)
         elif params.number is None:
             got = "to be measured, and an endpoint's confidence is not"
             raise UserError(f"{ctx.name}.reverse_share", got, "a number from 0 to 1", "Give it")
@@ -148,6 +149,7 @@ def _mixed(
     if online_too:
         return mixed, figures
     if params.routing == "column":  # what rows say is no part of their keys in the cache
+        _same_for_equal_rows(lesson, weights, where=f"{ctx.name}.routing_column")
         about |= {"rows": table.fingerprint(), "said": weights.tolist()}
     codec = Codec(params.codec, params.top_k, params.samples, ctx.seed)
     header = cache_header(
@@ -155,6 +157,20 @@ def _mixed(
     )
     target_fn, more = cached_targets(TargetCache(folder, header), table, mixed, ctx.progress)
     return target_fn, figures | more
+
+
+def _same_for_equal_rows(lesson: Lesson, weights: Tensor, *, where: str) -> None:
+    """Raise DataError when rows of the same tokens name different teachers: the cache holds them once."""
+    first: dict[bytes, int] = {}
+    for row, name in enumerate(lesson.ids):
+        other = first.setdefault(lesson.table.key(row), row)
+        if not torch.equal(weights[row], weights[other]):
+            raise DataError(
+                f"row {name}: {where}",
+                f"the same text as row {lesson.ids[other]}, with other teachers",
+                "equal rows with equal teachers",
+                "Drop duplicates by data.selection dedup, or set targets: online",
+            )
 
 
 def _weights(

@@ -231,4 +231,5 @@ def distances(
         ours = log_probabilities(hidden.index_select(0, places[start:stop]), head)
         return measure(ours, theirs.logprobs.to(ours.dtype), start, stop)
 
-    return sliced(compare, len(places), head.shape[0], chunk_elements=chunk_elements)
+    widest = max(head.shape[0], getattr(teacher, "head", head).shape[0])  # either side may have the larger vocabulary
+    return sliced(compare, len(places), widest, chunk_elements=chunk_elements)
