@@ -135,7 +135,17 @@ STAGES: tuple[Stage, ...] = (
         "compress.data.condensation.k_center:k_center",
         reads=("data",),
         uses=("teacher?",),
+        default=True,
         summary="k-center greedy on embeddings down to a row budget",
+    ),
+    Stage(
+        "data.condensation",
+        "self_distillation",
+        "compress.data.condensation.params:SelfDistillationParams",
+        "compress.data.condensation.self_distillation:self_distillation",
+        reads=("data",),
+        uses=("teacher",),
+        summary="let the unpruned model rewrite the answers, kept where the result is the same",
     ),
     Stage(
         "model.distillation",
