@@ -34,7 +34,7 @@ UNCHECKED, OTHER = "reference has no result to check", "rewrite has another resu
 def self_distillation(params: SelfDistillationParams, ctx: StageContext) -> StageResult:
     """Replace answers by the teacher's rewrites where the result is the same; every row stays in its place.
 
-    A rewritten row keeps its old answer in the scores as ``was``; one whose rewrite was refused says why under ``kept``.
+    A rewritten row keeps its old answer in the scores as ``was``; a refused rewrite leaves its reason as ``kept``.
     Rewrites are kept under ``ctx.work``, so that a killed run goes on where it was and gives the same rows.
 
     Raises:
