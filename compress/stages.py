@@ -126,7 +126,17 @@ STAGES: tuple[Stage, ...] = (
         "compress.data.synthesis.instruction:magpie",
         reads=("data",),
         uses=("teacher",),
+        default=True,
         summary="let the teacher invent requests from its bare template and answer them",
+    ),
+    Stage(
+        "data.synthesis",
+        "impossible",
+        "compress.data.synthesis.params:ImpossibleParams",
+        "compress.data.synthesis.impossible:impossible",
+        reads=("data",),
+        uses=("teacher",),
+        summary="pair a weak model's samples and keep pairs that say the same in other words",
     ),
     Stage(
         "data.condensation",
