@@ -1,8 +1,8 @@
 """Impossible Distillation: a weak model's samples are paired, and pairs that say the same in other words are kept.
 
 Jung et al. 2023, section 2: sentences sampled after one context lie close together, so that some pairs among them are
-paraphrases although the model cannot paraphrase; filters find those. Kept is a pair whose sides entail each other, share
-few words in order and are about as long. The paper's NLI model is a judge's prompt here. For the second round
+paraphrases although the model cannot paraphrase; filters find those. Kept is a pair whose sides entail each other,
+share few words in order and are about as long. The paper's NLI model is a judge's prompt here. For the second round
 (self-distillation) name the trained student as the teacher. Knows nothing of weights.
 """
 
