@@ -1,4 +1,4 @@
-"""Impossible Distillation: a toy grammar with known paraphrases, where filtered pairs are right and raw ones are not."""
+"""Impossible Distillation: a toy grammar with known paraphrases, filtered pairs are right, raw ones are not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(folder: Path, teacher: Any, out: str = "out", **options: Any) -> Any:
 
 def precision(rows: Sequence[Any]) -> float:
     firsts = [row.user.removeprefix("Say this in other words: ") for row in rows]
-    return sum(MEANING[a] == MEANING[row.answer] for a, row in zip(firsts, rows, strict=True)) / len(rows)
+    return sum(MEANING.get(a) == MEANING.get(row.answer) for a, row in zip(firsts, rows, strict=True)) / len(rows)
 
 
 def test_filtered_pairs_are_paraphrases_where_raw_pairs_mostly_are_not(tmp_path: Path) -> None:

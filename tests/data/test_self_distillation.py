@@ -142,7 +142,7 @@ def test_the_last_number_as_by_decimal_arithmetic() -> None:
         ("{1", "{2", {}, False),
     ],
 )
-def test_checks(reference: str, text: str, options: dict[str, str], taken: bool) -> None:
+def test_checks(reference: str, text: str, options: dict[str, Any], taken: bool) -> None:
     row: Row = chat_row("q", reference)
     assert (not objection(row, Reply(text, -0.1, True), (), SelfDistillationParams(**options))) == taken
 
@@ -156,11 +156,12 @@ def test_share_picks_about_that_share_whatever_else_is_there() -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a teacher"):
         self_distillation(SelfDistillationParams(), make_context(tmp_path, POOL, name=STAGE))
-    for bad in (
+    refused: tuple[dict[str, Any], ...] = (
         {"request": "say {answer}"},
         {"check": "pattern"},
         {"pattern": "x"},
         {"check": "pattern", "pattern": "("},
-    ):
+    )
+    for bad in refused:
         with pytest.raises(ValidationError, match=re.compile("request must|go together|no regular")):
             SelfDistillationParams(**bad)
