@@ -1,4 +1,4 @@
-"""Impossible Distillation: a weak model's samples are paired, and pairs that say the same in other words are kept.
+"""Impossible Distillation: a weak model's samples in pairs, kept where both say the same in other words.
 
 Jung et al. 2023, section 2: sentences sampled after one context lie close together, so that some pairs among them are
 paraphrases although the model cannot paraphrase; filters find those. Kept is a pair whose sides entail each other,
