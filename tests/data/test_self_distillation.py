@@ -1,4 +1,4 @@
-"""Self-data distillation: rewrites with the same result are taken, all others leave the reference, no row is lost."""
+"""Self-data distillation: rewrites with the same result are taken, others leave the reference, no row is lost."""
 
 from __future__ import annotations
 
