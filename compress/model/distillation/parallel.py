@@ -133,8 +133,7 @@ def assembled(wanted: int, where: str) -> Iterator[Team]:
     found = launched()
     check_size(None if found is None else found[1], wanted, where)
     if found is not None and found[1] > 1:
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+        _join_launched()
         yield Team(*found)
     elif wanted > 1:
         with _started(wanted, where) as team:
@@ -159,17 +158,34 @@ def told(team: Team, job: tuple[Any, ...], where: str) -> None:
         team.share(data)
 
 
+def as_launched(command: Callable[[], object]) -> None:
+    """Run ``command`` in the first process of a launcher; the others train with it and end when it ends.
+
+    Where it fails they are left to the launcher, which ends them.
+    """
+    found = launched()
+    if found is not None and found[0] > 0:
+        follow()
+        return
+    try:
+        command()
+    except SystemExit as end:
+        if not end.code:
+            dismiss()
+        raise
+    dismiss()
+
+
 def dismiss() -> None:
     """Let the processes of a launcher go; called by the first one when it has nothing more for them."""
-    if distributed.is_initialized():
-        Team(0, distributed.get_world_size()).share(None)
-        distributed.destroy_process_group()
+    _join_launched()
+    Team(0, distributed.get_world_size()).share(None)
+    distributed.destroy_process_group()
 
 
 def follow() -> None:
     """Be one of the processes beside the first: do what it says until it has nothing more."""
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+    _join_launched()
     team = Team(distributed.get_rank(), distributed.get_world_size())
     while (data := team.share(None)) is not None:
         function, *arguments = pickle.loads(data)  # from the process that started this one  # noqa: S301
@@ -212,6 +228,12 @@ def _started(size: int, where: str) -> Iterator[Team]:
                     child.stdin.close()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+
+
+def _join_launched() -> None:
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    os.environ.pop("LOCAL_RANK", None)  # accelerate would wrap the model and sum the gradients a second time
 
 
 def _meet(folder: Path, rank: int, size: int) -> None:

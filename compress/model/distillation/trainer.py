@@ -35,7 +35,7 @@ from compress.model.distillation.features import (
     feature_loss,
     read_features,
 )
-from compress.model.distillation.forward import kept_states
+from compress.model.distillation.forward import is_plain, kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
@@ -85,9 +85,11 @@ class TrainReport:
 class DistillationModel(nn.Module):
     """A student with its loss, one module, so that a data-parallel wrapper sees every use of its weights."""
 
-    def __init__(self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False) -> None:
+    def __init__(
+        self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False, recompute: bool = False
+    ) -> None:
         super().__init__()
-        self.student, self.weights, self.vocab = student, weights, vocab
+        self.student, self.weights, self.vocab, self.recompute = student, weights, vocab, recompute
         self.dtype, self.logits = torch.bfloat16 if bf16 else torch.float32, logit_map(student)
 
     def forward(self, batch: Batch, targets: Targets | None, loss: LossFn | None = None) -> LossParts:
@@ -96,7 +98,9 @@ class DistillationModel(nn.Module):
         if loss is None and self.weights.wants_features:
             hidden, extra = self._features(batch, targets)
         else:
-            hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
+            hidden = kept_states(
+                self.student, batch.input_ids, batch.keep, dtype=self.dtype, recompute=self.recompute
+            )
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
         if loss is not None:
             return loss(hidden, head, batch, targets, self.dtype, self.logits)
@@ -311,7 +315,11 @@ class _Run:
             betas=settings.betas,
             bf16=self.at.bf16,
         )
-        model: nn.Module = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        if settings.activation_checkpointing and not is_plain(self.student):
+            cast(Any, self.student).gradient_checkpointing_enable({"use_reentrant": False})
+        model: nn.Module = DistillationModel(
+            self.student, settings.loss, vocab, bf16=self.at.bf16, recompute=settings.activation_checkpointing
+        )
         if self.loss_module is not None:
             model = self.loss_module(self.student, self.at.bf16)
         # in evaluation mode it wraps nothing: the gradients are summed here
