@@ -21,7 +21,7 @@ from compress.model.distillation.parallel import Team, assembled, check_size, to
 from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.targets import OnlineTargets
 from compress.model.distillation.trainer import train
-from tests.tiny import VOCAB, tiny_model, tiny_token_rows
+from tests.tiny import VOCAB, tiny_checkpoint, tiny_conversations, tiny_model, tiny_token_rows
 
 ROOT = Path(__file__).parents[3]
 ROWS = tiny_token_rows(60, tokens=(6, 10, 16))
@@ -173,3 +173,46 @@ def test_torchrun_gives_the_curve_of_one(context, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert np.abs(curve(alone) - curve(two)).max() < TOLERANCE
+
+
+PROFILE = """\
+edgestill: 1
+name: tiny
+seed: 3
+teacher: teacher
+data: {pool: pool.jsonl, test: pool.jsonl}
+hardware: {threads: 2, processes: PROCESSES}
+steps:
+  - model.distillation: {layers: 2, steps: 6, batch_tokens: 256, top_k: 16, validation_share: 0.2}
+evaluate: null
+gate: []
+bench: null
+"""
+
+
+def test_the_command_starts_them_from_the_profile(tmp_path):
+    """By itself, and with processes that torchrun started."""
+    tiny_checkpoint(tmp_path / "teacher", layers=3)
+    lines = (json.dumps({"messages": talk}) for talk in tiny_conversations(40, seed=0))
+    (tmp_path / "pool.jsonl").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "compress.entry", "run", "tiny.yaml", "--store"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    found = []
+    for processes, start in ((1, command), (2, command), (2, torchrun + command[2:])):
+        (tmp_path / "tiny.yaml").write_text(PROFILE.replace("PROCESSES", str(processes)))
+        store = tmp_path / f"store{len(found)}"
+        done = subprocess.run(
+            [*start, str(store)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (log,) = store.rglob("training.jsonl")
+        found.append([json.loads(line) for line in log.read_text().splitlines()])
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            assert theirs == pytest.approx(mine, abs=TOLERANCE)
