@@ -73,7 +73,7 @@ class Team:
             grads = [p.grad for p in parameters if p.grad is not None and (p.dtype, p.device) == kind]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             distributed.all_reduce(flat)
-            pieces = flat.split([grad.numel() for grad in grads])
+            pieces = torch.split(flat, [grad.numel() for grad in grads])
             for grad, piece in zip(grads, pieces, strict=True):
                 grad.copy_(piece.view_as(grad))
 
@@ -205,7 +205,7 @@ def _started(size: int, where: str) -> Iterator[Team]:
                 command = [sys.executable, "-c", _SERVE, str(folder), str(rank), str(size)]
                 env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
                 with log.open("wb") as file:
-                    child = subprocess.Popen(
+                    child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
                         command, env=env, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
                     )
                 children.append((child, log))
@@ -237,13 +237,11 @@ def _join_launched() -> None:
 
 
 def _meet(folder: Path, rank: int, size: int) -> None:
-    store = distributed.FileStore(str(folder / "store"), size)
+    store = torch.distributed.FileStore(str(folder / "store"), size)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
-def _wait(
-    ready: Callable[[], bool], children: Sequence[tuple[subprocess.Popen[bytes], Path]], where: str
-) -> None:
+def _wait(ready: Callable[[], bool], children: Sequence[tuple[subprocess.Popen[bytes], Path]], where: str) -> None:
     end = time.monotonic() + START_S
     while not ready():
         _check(children, where)

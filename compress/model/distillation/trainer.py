@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -98,9 +99,7 @@ class DistillationModel(nn.Module):
         if loss is None and self.weights.wants_features:
             hidden, extra = self._features(batch, targets)
         else:
-            hidden = kept_states(
-                self.student, batch.input_ids, batch.keep, dtype=self.dtype, recompute=self.recompute
-            )
+            hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype, recompute=self.recompute)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
         if loss is not None:
             return loss(hidden, head, batch, targets, self.dtype, self.logits)
@@ -357,7 +356,7 @@ class _Run:
         """One optimizer step; returns its loss per position."""
         work = self.source.work(self.at.step, self.order)
         positions, tokens = work.positions, work.tokens
-        sums = np.zeros(3)
+        sums: npt.NDArray[np.float64] = np.zeros(3)
         for piece in work.pieces:
             rows, share = self.team.part(piece.rows)
             losses = self._losses(piece if self.team.size == 1 else replace(piece, rows=rows))
@@ -430,7 +429,7 @@ class _Run:
 
     def _measure(self) -> dict[str, float]:
         rows = self.held[np.argsort(self.table.lengths[self.held], kind="stable")]
-        sums = np.zeros(3)
+        sums: npt.NDArray[np.float64] = np.zeros(3)
         self.model.eval()
         with torch.no_grad():
             for piece in cut(rows, self.table.lengths, EVALUATION_TOKENS):
