@@ -539,7 +539,12 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not mix
-    app()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from compress.model.distillation.parallel import as_launched  # loads torch
+
+        as_launched(app)
+    else:
+        app()
 
 
 if __name__ == "__main__":

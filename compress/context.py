@@ -45,7 +45,8 @@ class StageContext:
         teacher: loaded on first use; ``None`` when the table line does not say that the stage uses it.
         teachers: those of the profile's ``teachers`` that the parameters name, by name; loaded on first use.
         target: the device's facts (``deploy.targets.Target``) or ``None``.
-        threads: CPU threads to use.
+        threads: CPU threads to use, of all processes together.
+        processes: those that train together; 1: this one alone.
         lineage: the ``steps`` that led to the inputs and their ``origins``, JSON values that follow from the key; empty
             where a stage runs alone.
         progress: progress bars and plain lines.
@@ -61,6 +62,7 @@ class StageContext:
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
     target: Any = None
     threads: int = 2
+    processes: int = 1
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -186,6 +186,7 @@ class _Executor:
             teachers={name: self.named_teacher(name) for name in named_teachers(node.params)},
             target=facts.target if "target" in node.stage.uses else None,
             threads=facts.threads,
+            processes=facts.profile.hardware.processes,
             lineage=lineage(self.planned, node, self.folders),
         )
 

@@ -66,6 +66,9 @@ class Hardware(Params):
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto", description="CPU threads; auto takes all cores that the process may use"
     )
+    processes: int = Field(
+        1, ge=1, le=64, description="processes that train a student together, each with its part of every step's rows"
+    )
 
 
 class Step(BaseModel):

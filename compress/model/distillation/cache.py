@@ -146,6 +146,10 @@ class TargetCache:
             self._next = int(marker.stem.partition("-")[2]) + 1
             self._open_shard(marker)
 
+    def __reduce__(self) -> tuple[type[TargetCache], tuple[Path, CacheHeader]]:
+        """Another process opens the files itself."""
+        return TargetCache, (self.folder, self.header)
+
     @property
     def positions(self) -> int:
         """Target positions in the cache."""

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from compress.model.distillation.kernels import (
     AddLinear,
@@ -33,15 +34,18 @@ from compress.model.shapes import SUPPORTED
 SHORT = 128
 
 
-def kept_states(model: nn.Module, ids: Tensor, keep: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def kept_states(
+    model: nn.Module, ids: Tensor, keep: Tensor, *, dtype: torch.dtype = torch.float32, recompute: bool = False
+) -> Tensor:
     """Last hidden states (N, H) of rows ``ids`` (B, T), padded on the right (no mask is needed, see `packing`).
 
     ``keep`` (N,) are places in the flattened (B * T), those of padding not among them. ``dtype`` is the number format
-    of the matrix products: the weights' own, or bf16.
+    of the matrix products: the weights' own, or bf16. ``recompute`` keeps only what enters each layer and computes the
+    layer again on the way back; the library's own forward does so by its own switch.
     """
     decoder = cast(Any, model).model
     if is_plain(model):
-        return _decoder(decoder, ids, keep, dtype)
+        return _decoder(decoder, ids, keep, dtype, recompute=recompute and torch.is_grad_enabled())
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         states: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, keep)
@@ -66,11 +70,10 @@ def is_plain(model: nn.Module) -> bool:
     return plain
 
 
-def _decoder(decoder: Any, ids: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+def _decoder(decoder: Any, ids: Tensor, keep: Tensor, dtype: torch.dtype, *, recompute: bool) -> Tensor:
     table = decoder.embed_tokens
     states = functional.embedding(ids, table.weight, padding_idx=table.padding_idx)  # (B, T, H)
-    rows, length = ids.shape
-    places = torch.arange(length, device=states.device)[None]
+    places = torch.arange(ids.shape[1], device=states.device)[None]
     cos, sin = decoder.rotary_emb(states, places)  # (1, T, D), both halves alike
     half = cos.shape[-1] // 2
     rotation = cos[:, :, None, :half], sin[:, :, None, :half]  # (1, T, 1, D / 2)
@@ -78,17 +81,29 @@ def _decoder(decoder: Any, ids: Tensor, keep: Tensor, dtype: torch.dtype) -> Ten
     number = dtype if dtype == torch.bfloat16 else states.dtype
     last = len(decoder.layers) - 1
     for index, layer in enumerate(decoder.layers):
-        block = layer.self_attn
-        joint = _norm_linear(layer.input_layernorm, states, number, block.q_proj, block.k_proj, block.v_proj)
-        mixed = _attention(block, joint.view(rows, length, -1, block.head_dim), rotation)  # (B * T, heads * D)
-        if index == last:
-            mixed, states = mixed.index_select(0, keep), states.index_select(0, keep)
-        states = _add_linear(states, mixed, block.o_proj, number)
-        joint = _norm_linear(layer.post_attention_layernorm, states, number, layer.mlp.gate_proj, layer.mlp.up_proj)
-        gated = cast(Any, Gated.apply)(joint)
-        states = _add_linear(states, gated, layer.mlp.down_proj, number)
+        only = keep if index == last else None
+        if recompute:
+            states = checkpoint(_layer, layer, states, ids.shape, rotation, number, only, use_reentrant=False)
+        else:
+            states = _layer(layer, states, ids.shape, rotation, number, only)
     norm = decoder.norm
     return cast(Tensor, cast(Any, RootMeanSquare.apply)(states, norm.weight, norm.variance_epsilon))
+
+
+def _layer(  # noqa: PLR0917 - a layer, what enters it, and what all layers share
+    layer: Any, states: Tensor, shape: torch.Size, rotation: tuple[Tensor, Tensor], number: torch.dtype,
+    keep: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One layer on ``states`` (B * T, H) of rows of ``shape`` (B, T); at the places ``keep`` alone, where given."""
+    block = layer.self_attn
+    joint = _norm_linear(layer.input_layernorm, states, number, block.q_proj, block.k_proj, block.v_proj)
+    mixed = _attention(block, joint.view(*shape, -1, block.head_dim), rotation)  # (B * T, heads * D)
+    if keep is not None:
+        mixed, states = mixed.index_select(0, keep), states.index_select(0, keep)
+    states = _add_linear(states, mixed, block.o_proj, number)
+    joint = _norm_linear(layer.post_attention_layernorm, states, number, layer.mlp.gate_proj, layer.mlp.up_proj)
+    gated = cast(Any, Gated.apply)(joint)
+    return _add_linear(states, gated, layer.mlp.down_proj, number)
 
 
 def _norm_linear(norm: Any, states: Tensor, dtype: torch.dtype, *parts: nn.Linear) -> Tensor:

@@ -44,6 +44,9 @@ class LogitsParams(Params):
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_tokens: int = Field(4096, ge=16, description="padded tokens of one optimizer step")
     accumulate: int = Field(1, ge=1, description="parts into which a step is cut to save memory")
+    activation_checkpointing: bool = Field(
+        False, description="compute each layer again on the way back instead of keeping what is in it: less memory"
+    )
     max_tokens: int = Field(512, ge=2, description="longest row, in tokens")
     truncate: bool = Field(False, description="cut longer rows instead of refusing them")
 
@@ -199,6 +202,8 @@ class LogitsParams(Params):
             raise ValueError("patience needs held-out rows: give validation_share and validation_rows")
         if self.divergence != "skew_pair" and (self.student_weight != 1.0 or self.student_source is not None):
             raise ValueError(f"student_weight and student_source belong to skew_pair; got divergence {self.divergence}")
+        if (self.hidden_weight or self.attention_weight) and self.activation_checkpointing:
+            raise ValueError("activation_checkpointing keeps no layer's states, which hidden_weight compares: give one")
         if (self.hidden_weight or self.attention_weight) and self.targets != "online":
             raise ValueError("hidden_weight and attention_weight need targets: online; the cache holds logits alone")
         return self

@@ -30,6 +30,8 @@ class TrainSettings:
         steps: optimizer steps, overrides ``epochs``.
         batch_tokens: padded tokens of one optimizer step.
         accumulate: parts into which a step is cut to save memory; changes nothing but rounding.
+        activation_checkpointing: keep only what enters each layer and compute the layer again on the way back: less
+            memory, more time.
         learning_rate: peak, reached after ``warmup_ratio`` of the steps, then a cosine down to
             ``final_lr_ratio`` of it.
         optimizer: ``muon`` (matrices by Muon, the rest by AdamW) or ``adamw``.
@@ -53,6 +55,7 @@ class TrainSettings:
     steps: int | None = None
     batch_tokens: int = 4096
     accumulate: int = 1
+    activation_checkpointing: bool = False
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05
     final_lr_ratio: float = 0.02

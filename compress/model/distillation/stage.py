@@ -194,6 +194,7 @@ def train_settings(params: LogitsParams, seed: int, confidence: float | None = N
         steps=params.steps,
         batch_tokens=params.batch_tokens,
         accumulate=params.accumulate,
+        activation_checkpointing=params.activation_checkpointing,
         learning_rate=params.learning_rate,
         warmup_ratio=params.warmup_ratio,
         final_lr_ratio=params.final_lr_ratio,

@@ -13,14 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -34,17 +36,19 @@ from compress.model.distillation.features import (
     feature_loss,
     read_features,
 )
-from compress.model.distillation.forward import kept_states
+from compress.model.distillation.forward import is_plain, kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
+from compress.model.distillation.parallel import Team, assembled, told
 from compress.model.distillation.resume import read_tensors, save_tensors
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
 from compress.model.distillation.sources import BatchSource, LossFn, Piece, RowSource
 from compress.model.distillation.targets import TargetFn
 from compress.model.layers import decoder_layers, output_head
+from compress.progress import Progress
 
 if TYPE_CHECKING:
     from compress.context import StageContext
@@ -82,9 +86,11 @@ class TrainReport:
 class DistillationModel(nn.Module):
     """A student with its loss, one module, so that a data-parallel wrapper sees every use of its weights."""
 
-    def __init__(self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False) -> None:
+    def __init__(
+        self, student: nn.Module, weights: LossWeights, vocab: int, *, bf16: bool = False, recompute: bool = False
+    ) -> None:
         super().__init__()
-        self.student, self.weights, self.vocab = student, weights, vocab
+        self.student, self.weights, self.vocab, self.recompute = student, weights, vocab, recompute
         self.dtype, self.logits = torch.bfloat16 if bf16 else torch.float32, logit_map(student)
 
     def forward(self, batch: Batch, targets: Targets | None, loss: LossFn | None = None) -> LossParts:
@@ -93,7 +99,7 @@ class DistillationModel(nn.Module):
         if loss is None and self.weights.wants_features:
             hidden, extra = self._features(batch, targets)
         else:
-            hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype)
+            hidden = kept_states(self.student, batch.input_ids, batch.keep, dtype=self.dtype, recompute=self.recompute)
         head = output_head(self.student).weight[: self.vocab]  # padded rows of the vocabulary take no probability
         if loss is not None:
             return loss(hidden, head, batch, targets, self.dtype, self.logits)
@@ -169,20 +175,63 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
-    with threads(ctx.threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return _Run(
+    with assembled(ctx.processes, ctx.name) as team:
+        if team.size > 1 and (source is not None or loss_module is not None):
+            what = "text that the student writes" if source is not None else "a loss of its own kind"
+            raise UserError(ctx.name, f"{team.size} processes for {what}", "one", "Set hardware.processes to 1")
+        alone = replace(ctx, threads=max(1, ctx.threads // team.size))
+        sent = replace(alone, progress=cast(Any, None), teacher=None, teachers={}, target=None)  # a stream stays here
+        told(team, (_follow, student, target_fn, table, settings, sent, vocab, name), ctx.name)
+        with _as_told(alone, settings):
+            return _Run(
+                student,
+                target_fn,
+                table,
+                settings,
+                alone,
+                team=team,
+                log_path=log_path,
+                vocab=vocab,
+                name=name,
+                source=source,
+                loss_module=loss_module,
+            ).finish()
+
+
+def _follow(  # noqa: PLR0917 - those of `train`
+    team: Team,
+    student: nn.Module,
+    target_fn: TargetFn | None,
+    table: RowTable,
+    settings: TrainSettings,
+    ctx: StageContext,
+    vocab: int,
+    name: str,
+) -> None:
+    """`train` in a process beside the first, which writes nothing."""
+    ctx = replace(ctx, progress=Progress(quiet=True))
+    with _as_told(ctx, settings):
+        run = _Run(
             student,
             target_fn,
             table,
             settings,
             ctx,
-            log_path=log_path,
+            team=team,
+            log_path=Path(os.devnull),
             vocab=vocab,
             name=name,
-            source=source,
-            loss_module=loss_module,
-        ).finish()
+            source=None,
+            loss_module=None,
+        )
+        run.finish()
+
+
+@contextmanager
+def _as_told(ctx: StageContext, settings: TrainSettings) -> Iterator[None]:
+    with threads(ctx.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        yield
 
 
 @contextmanager
@@ -207,13 +256,14 @@ class _Run:
         settings: TrainSettings,
         ctx: StageContext,
         *,
+        team: Team,
         log_path: Path,
         vocab: int,
         name: str,
         source: BatchSource | None,
         loss_module: LossModule | None,
     ) -> None:
-        self.loss_module = loss_module
+        self.team, self.loss_module = team, loss_module
         self.student, self.table, self.settings, self.ctx = student, table, settings, ctx
         # the teacher need not run for what is not looked at
         self.target_fn = target_fn if settings.loss.wants_teacher else None
@@ -237,8 +287,8 @@ class _Run:
         self.fingerprint = self._fingerprint(vocab)
         self.guards: dict[str, DivergenceGuard] = {}  # one for each kind of step
         self.at = _Position()
-        saved = self._saved()
-        self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=self._bf16())
+        saved, bf16 = team.share((self._saved(), self._bf16()) if team.first else None)
+        self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=bf16)
         self._prepare(vocab)
         self.average = [p.detach().clone() for p in self.named.values()] if settings.average_decay else None
         if saved:
@@ -255,13 +305,6 @@ class _Run:
         # number format is the forward pass's own affair, since autocast costs more than it wins at these sizes
         AcceleratorState._reset_state(True)
         self.accelerator = Accelerator(mixed_precision="no")
-        if self.accelerator.num_processes != 1:
-            raise UserError(
-                self.ctx.name,
-                f"started on {self.accelerator.num_processes} processes",
-                "one: each would train on all rows",
-                "Start edgestill without a launcher",
-            )
         settings = self.settings
         optimizer = make_optimizer(
             self.student,
@@ -271,10 +314,16 @@ class _Run:
             betas=settings.betas,
             bf16=self.at.bf16,
         )
-        model: nn.Module = DistillationModel(self.student, self.settings.loss, vocab, bf16=self.at.bf16)
+        if settings.activation_checkpointing and not is_plain(self.student):
+            cast(Any, self.student).gradient_checkpointing_enable({"use_reentrant": False})
+        model: nn.Module = DistillationModel(
+            self.student, settings.loss, vocab, bf16=self.at.bf16, recompute=settings.activation_checkpointing
+        )
         if self.loss_module is not None:
             model = self.loss_module(self.student, self.at.bf16)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # in evaluation mode it wraps nothing: the gradients are summed here
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -297,7 +346,7 @@ class _Run:
                     saved_at = time.monotonic()
                 clock.lap()
                 bar.advance(note=f"loss {loss:.3f}")
-        if self.resumed_from < self.total:
+        if self.resumed_from < self.total and self.team.first:
             self._save()  # a kill between here and the stage's own saving then costs nothing
         report = self._report(time.monotonic() - start, self._keep())
         self.student.eval()
@@ -307,11 +356,14 @@ class _Run:
         """One optimizer step; returns its loss per position."""
         work = self.source.work(self.at.step, self.order)
         positions, tokens = work.positions, work.tokens
-        sums = np.zeros(3)
+        sums: npt.NDArray[np.float64] = np.zeros(3)
         for piece in work.pieces:
-            losses = self._losses(piece)
-            self.accelerator.backward(losses.loss / positions)
-            sums += [float(losses.loss.detach()), float(losses.ce), float(losses.kl)]
+            rows, share = self.team.part(piece.rows)
+            losses = self._losses(piece if self.team.size == 1 else replace(piece, rows=rows))
+            self.accelerator.backward(losses.loss * (share / positions) if share != 1.0 else losses.loss / positions)
+            sums += _figures(losses, share)
+        sums = self.team.sum(sums)
+        self.team.sum_gradients(list(self.named.values()))
         norm = float(self.accelerator.clip_grad_norm_(list(self.named.values()), self.settings.grad_clip))
         guard = self.guards.setdefault(work.kind, DivergenceGuard(self.ctx.name))
         guard.check(self.at.step + 1, float(sums[0]) / positions, norm, self._advice())
@@ -363,7 +415,8 @@ class _Run:
             self.at.stale += 1
             if self.at.best_loss is None or loss < self.at.best_loss:
                 self.at.best_loss, self.at.best_step, self.at.stale = loss, step, 0
-                save_tensors(self.best_path, self.named, {"step": step, "fingerprint": self.fingerprint})
+                if self.team.first:
+                    save_tensors(self.best_path, self.named, {"step": step, "fingerprint": self.fingerprint})
         self.at.last = figures
         self.source.validated(loss)
         if step == 0:
@@ -376,13 +429,14 @@ class _Run:
 
     def _measure(self) -> dict[str, float]:
         rows = self.held[np.argsort(self.table.lengths[self.held], kind="stable")]
-        sums = np.zeros(3)
+        sums: npt.NDArray[np.float64] = np.zeros(3)
         self.model.eval()
         with torch.no_grad():
             for piece in cut(rows, self.table.lengths, EVALUATION_TOKENS):
-                losses = self._losses(Piece(self.table, piece, self.target_fn))
-                sums += [float(losses.loss), float(losses.ce), float(losses.kl)]
+                mine, share = self.team.part(piece)
+                sums += _figures(self._losses(Piece(self.table, mine, self.target_fn)), share)
         self.model.train()
+        sums = self.team.sum(sums)
         sums /= int(self.table.counts[rows].sum())
         return dict(zip(("validation_loss", "validation_ce", "validation_kl"), sums.tolist(), strict=True))
 
@@ -423,6 +477,8 @@ class _Run:
         return found
 
     def _checkpoint_due(self, saved_at: float) -> bool:
+        if not self.team.first:
+            return False
         steps = self.settings.checkpoint_every_steps
         if steps is not None:
             return self.at.step % steps == 0
@@ -469,7 +525,7 @@ class _Run:
     def _keep(self) -> list[str]:
         """Put the weights to keep into the student; returns notes for the user."""
         notes: list[str] = []
-        if self.settings.keep == "best" and len(self.held):
+        if self.settings.keep == "best" and len(self.held) and self.team.first:
             best = read_tensors(self.best_path)
             if best is None or best[1] != {"step": self.at.best_step, "fingerprint": self.fingerprint}:
                 raise StoreError(
@@ -480,6 +536,7 @@ class _Run:
             self._load([best[0][name] for name in self.named])
         elif self.average is not None:
             self._load(self.average)
+        self.team.spread(list(self.named.values()))
         if self.settings.keep == "best" and not len(self.held):
             notes.append("no rows are held out, so the last weights were kept, not the best")
         if self._stalled():
@@ -522,3 +579,8 @@ class _Run:
                 f"are kept in {self.best_path}"
             )
         return advice
+
+
+def _figures(losses: LossParts, share: float) -> list[float]:
+    """Sums of loss, cross-entropy and divergence; nothing where ``share`` is 0."""
+    return [share * float(part.detach()) for part in (losses.loss, losses.ce, losses.kl)]

@@ -252,6 +252,7 @@ def test_every_parameter_has_a_description_and_reaches_the_trainer():
     assert all(field.description for field in LogitsParams.model_fields.values())
     changed = LogitsParams(
         epochs=9.0, steps=9, batch_tokens=99, accumulate=9, learning_rate=0.9, warmup_ratio=0.9, final_lr_ratio=0.9,
+        activation_checkpointing=True,
         weight_decay=0.9, grad_clip=0.9, average_decay=0.9, kd_weight=0.9, temperature=9.0, label_smoothing=0.9,
         validation_share=0.9, validation_rows=9, validations=9,
         patience=9, keep="last", optimizer="muon", precision="bf16",
