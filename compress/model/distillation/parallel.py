@@ -1,4 +1,4 @@
-"""Several processes that train one student: each takes its part of every step's rows, and the gradients are summed.
+"""Several processes that train one student: each takes its part of the rows, and the gradients are summed.
 
 `assembled` gives the `Team` of a run: alone; processes that it starts itself; or those that torchrun started. The first
 process says what is to be done (`Team.share`), writes every file and tells the user; the others run `follow`. A process
@@ -8,7 +8,6 @@ that dies ends all of them. Works over gloo. Knows nothing of losses, of teacher
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -150,12 +149,11 @@ def told(team: Team, job: tuple[Any, ...], where: str) -> None:
     """
     if team.size > 1:
         try:
-            data = pickle.dumps(job)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            team.share(job)  # torch's own broadcast, in memory; it fails before anything is sent
+        except (AttributeError, TypeError) as error:
             raise UserError(
                 where, f"cannot be told to other processes ({error})", "one process", "Set hardware.processes to 1"
             ) from error
-        team.share(data)
 
 
 def as_launched(command: Callable[[], object]) -> None:
@@ -187,8 +185,8 @@ def follow() -> None:
     """Be one of the processes beside the first: do what it says until it has nothing more."""
     _join_launched()
     team = Team(distributed.get_rank(), distributed.get_world_size())
-    while (data := team.share(None)) is not None:
-        function, *arguments = pickle.loads(data)  # from the process that started this one  # noqa: S301
+    while (job := team.share(None)) is not None:
+        function, *arguments = job
         function(team, *arguments)
     distributed.destroy_process_group()
 

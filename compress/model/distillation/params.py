@@ -196,12 +196,12 @@ class LogitsParams(Params):
             raise ValueError(f"adaptive_skew needs a divergence with a skew above 0; got {self.divergence}")
         if self.adaptive_skew and self.accumulate > 1:
             raise ValueError("adaptive_skew looks at all rows of a step: accumulate must be 1")
-        if self.student_source is not None and self.kd_weight != 1:
-            raise ValueError("rows that the student wrote are no labels: student_source needs kd_weight: 1")
         if self.patience and not (self.validation_share and self.validation_rows):
             raise ValueError("patience needs held-out rows: give validation_share and validation_rows")
         if self.divergence != "skew_pair" and (self.student_weight != 1.0 or self.student_source is not None):
             raise ValueError(f"student_weight and student_source belong to skew_pair; got divergence {self.divergence}")
+        if self.student_source is not None and self.kd_weight != 1:
+            raise ValueError("rows that the student wrote are no labels: student_source needs kd_weight: 1")
         if (self.hidden_weight or self.attention_weight) and self.activation_checkpointing:
             raise ValueError("activation_checkpointing keeps no layer's states, which hidden_weight compares: give one")
         if (self.hidden_weight or self.attention_weight) and self.targets != "online":

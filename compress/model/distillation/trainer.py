@@ -168,12 +168,9 @@ def train(  # noqa: PLR0917 - six things, each of its own type
         TrainingError: the loss is NaN or diverges; the best weights so far stay in ``ctx.work``.
         StoreError: a checkpoint cannot be written.
     """
-    size = int(output_head(student).weight.shape[0])
-    vocab = size if vocab is None else vocab
-    if vocab > size:
-        raise ModelError(ctx.name, f"the student's vocabulary has {size} entries", f"at least {vocab}, the teacher's")
     if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
+    vocab = _ids_in_use(student, vocab, where=ctx.name)
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with assembled(ctx.processes, ctx.name) as team:
         if team.size > 1 and (source is not None or loss_module is not None):
@@ -183,19 +180,19 @@ def train(  # noqa: PLR0917 - six things, each of its own type
         sent = replace(alone, progress=cast(Any, None), teacher=None, teachers={}, target=None)  # a stream stays here
         told(team, (_follow, student, target_fn, table, settings, sent, vocab, name), ctx.name)
         with _as_told(alone, settings):
-            return _Run(
-                student,
-                target_fn,
-                table,
-                settings,
-                alone,
-                team=team,
-                log_path=log_path,
-                vocab=vocab,
-                name=name,
-                source=source,
-                loss_module=loss_module,
-            ).finish()
+            run = _Run(
+                student, target_fn, table, settings, alone,
+                team=team, log_path=log_path, vocab=vocab, name=name, source=source, loss_module=loss_module,
+            )  # fmt: skip
+            return run.finish()
+
+
+def _ids_in_use(student: nn.Module, vocab: int | None, *, where: str) -> int:
+    """``vocab``, or all of the student's; raises ModelError where the student has fewer."""
+    size = int(output_head(student).weight.shape[0])
+    if vocab is not None and vocab > size:
+        raise ModelError(where, f"the student's vocabulary has {size} entries", f"at least {vocab}, the teacher's")
+    return size if vocab is None else vocab
 
 
 def _follow(  # noqa: PLR0917 - those of `train`

@@ -223,6 +223,9 @@ def test_rows_that_are_too_long_are_refused_or_cut(ready):
         ({"divergence": "skew_kl", "skew": 0.0, "adaptive_skew": True}, "adaptive_skew needs a divergence with a skew"),
         ({"divergence": "skew_kl", "student_source": "own"}, "student_source belong to skew_pair"),
         ({"student_weight": 0.5}, "student_source belong to skew_pair"),
+        ({"divergence": "skew_pair", "student_source": "own"}, "student_source needs kd_weight: 1"),
+        ({"divergence": "skew_kl", "adaptive_skew": True, "accumulate": 2}, "accumulate must be 1"),
+        ({"patience": 2, "validation_rows": 0}, "patience needs held-out rows"),
         ({"hidden_weight": 1.0}, "need targets: online; the cache holds logits alone"),
         ({"epochs": "3"}, "valid number"),
         ({"learning_rate": float("nan")}, "finite number"),
@@ -288,7 +291,7 @@ def test_every_parameter_of_the_loss_reaches_the_trainer():
         {"divergence": "jsd", "targets": "online", "temperature": 1.5},
         {"divergence": "skew_kl", "adaptive_skew": True, "skew": 0.5},
         {"divergence": "skew_reverse_kl", "label_smoothing": 0.1},
-        {"divergence": "skew_pair", "student_source": "own", "student_weight": 1.5},
+        {"divergence": "skew_pair", "student_source": "own", "student_weight": 1.5, "kd_weight": 1.0, "layers": 1},
     ],
 )
 def test_every_divergence_trains_and_tells_the_forward_kl(ready, place, tmp_path, given):
@@ -299,7 +302,7 @@ def test_every_divergence_trains_and_tells_the_forward_kl(ready, place, tmp_path
         (tmp_path / "marked").mkdir()
         write_rows(tmp_path / "marked", marked)
         inputs = {"data": tmp_path / "marked"}
-    result = distill(LogitsParams(**QUICK, **given, layers=2), ready(inputs=inputs))
+    result = distill(LogitsParams(**(QUICK | {"layers": 2} | given)), ready(inputs=inputs))
     assert result.metrics["validation_loss"] < result.metrics["start_loss"]
     assert result.metrics["validation_kl"] > 0
     assert not any("skew_pair is skew_kl" in note for note in result.notes)
@@ -313,7 +316,7 @@ def test_a_pair_without_text_of_the_student_says_so(ready):
 
 
 def test_a_source_that_no_row_has_is_refused(ready):
-    params = LogitsParams(**QUICK, divergence="skew_pair", student_source="own")
+    params = LogitsParams(**QUICK, divergence="skew_pair", student_source="own", kd_weight=1.0)
     with pytest.raises(DataError, match=r"no row of source 'own'; expected one of its sources: "):
         distill(params, ready())
 
