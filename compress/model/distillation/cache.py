@@ -12,8 +12,6 @@ Knows nothing of models or training.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,17 +19,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.errors import DataError, StoreError
-from compress.files import file_sha256
+from compress.errors import DataError
 from compress.model.distillation.losses import Sparse
-from compress.model.distillation.resume import save_tensors, write_json
 from compress.model.distillation.sampled import Drawn, DrawnShard, Sampled, draw, entry_bytes, shares_of
-
-logger = logging.getLogger(__name__)
+from compress.model.distillation.shard_folder import ShardFolder
 
 CodecName = Literal["topk", "sample"]
 LATER = {"samples": 0, "seed": 0}  # what headers written before these fields stood for
@@ -125,7 +118,7 @@ def _wide(ids: Tensor) -> Tensor:
     return ids.long()
 
 
-class TargetCache:
+class TargetCache(ShardFolder):
     """An open cache: `missing` rows can be added by `append`, and positions read by `take`."""
 
     def __init__(self, folder: Path, header: CacheHeader) -> None:
@@ -135,16 +128,11 @@ class TargetCache:
             DataError: the folder holds the cache of another teacher, tokenizer, template or setting.
             StoreError: the header cannot be read or written.
         """
-        self.folder, self.header = folder, header
+        self.header = header
         self._parts: list[Coded | DrawnShard] = []
         self._ends: list[int] = []  # positions up to the end of each shard
         self._where: dict[bytes, int] = {}  # key of a row -> its first position
-        self._next = 0  # number of the next shard
-        self.stored_bytes = 0  # of all shards on disk, keys and file headers included
-        self._check_header()
-        for marker in sorted(folder.glob("shard-*.json")):
-            self._next = int(marker.stem.partition("-")[2]) + 1
-            self._open_shard(marker)
+        super().__init__(folder, asdict(header), later=LATER)
 
     def __reduce__(self) -> tuple[type[TargetCache], tuple[Path, CacheHeader]]:
         """Another process opens the files itself."""
@@ -177,17 +165,8 @@ class TargetCache:
         Raises:
             StoreError: the disk is full or the folder cannot be written.
         """
-        path = self.folder / f"shard-{self._next:05d}.safetensors"
-        tensors = {
-            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1).copy()),
-            "counts": torch.tensor(counts, dtype=torch.int32),
-            **{field.name: getattr(coded, field.name) for field in fields(coded)},
-        }
-        save_tensors(path, tensors, {})
-        marker = {"sha256": file_sha256(path), "rows": len(keys), "positions": sum(counts)}
-        write_json(path.with_suffix(".json"), marker)
-        self._next += 1
-        self._add(tensors, path)
+        tensors = {field.name: getattr(coded, field.name) for field in fields(coded)}
+        self.write(keys, counts, tensors, positions=sum(counts))
 
     def take(self, positions: Tensor) -> Sparse | Sampled:
         """The teacher's targets at ``positions`` (N,) int64, in their order."""
@@ -213,40 +192,7 @@ class TargetCache:
             return part.read(inside, self.header.samples)
         return _bits(part.ids)[inside], part.logprobs[inside], part.log_tail[inside]
 
-    def _check_header(self) -> None:
-        path = self.folder / "header.json"
-        wanted = asdict(self.header)
-        if not path.is_file():
-            write_json(path, wanted)
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(str(path), f"cannot be read ({error})", do="Remove the folder; it is made anew") from error
-        for name, value in wanted.items():
-            got = found.get(name, LATER.get(name)) if isinstance(found, dict) else found
-            if not isinstance(found, dict) or got != value:
-                raise DataError(
-                    str(path),
-                    f"the cache's {name} is {got!r}",
-                    repr(value),
-                    f"It was made with another {name}: remove the folder, or use the {name} that it was made with",
-                )
-
-    def _open_shard(self, marker: Path) -> None:
-        path = marker.with_suffix(".safetensors")
-        try:
-            digest = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
-            if file_sha256(path) != digest:
-                logger.warning("%s fails its digest; its rows are computed again", path)
-                return
-            tensors = load_file(path)  # mapped, so that only what is taken is read
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning("%s cannot be read (%s); its rows are computed again", path, error)
-            return
-        self._add(tensors, path)
-
-    def _add(self, tensors: dict[str, Tensor], path: Path) -> None:
+    def _add(self, tensors: dict[str, Tensor]) -> None:
         at = self.positions
         keys = tensors["keys"].numpy()
         for key, count in zip(keys, tensors["counts"].tolist(), strict=True):
@@ -258,7 +204,6 @@ class TargetCache:
         else:
             self._parts.append(Coded(tensors["ids"], tensors["logprobs"], tensors["log_tail"]))
         self._ends.append(at)
-        self.stored_bytes += path.stat().st_size
 
 
 def shards(counts: Sequence[int], size: int) -> Iterator[slice]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from compress.errors import TrainingError
 
+TRAINING_LOG = "training.jsonl"  # of a stage, in its work folder and in its artifact
+TIMED_REPORT = ("seconds", "tokens_per_s", "resumed_from")  # of a report: not the same in every run, so in no artifact
 TIMED = "tokens_per_s"  # the one figure of a line that is not the same in every run
 
 

@@ -20,7 +20,7 @@ from compress.model.checkpoint import check_folder, count_parameters, load_model
 from compress.model.distillation.confidence import confidence
 from compress.model.distillation.features import feature_targets, projected
 from compress.model.distillation.losses import LossWeights
-from compress.model.distillation.monitoring import copy_log
+from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
@@ -30,9 +30,6 @@ from compress.model.distillation.targets import TargetFn, check_rows_fit, local_
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.distillation.voices import Lesson, heard, targets_of
 from compress.model.shapes import shape_of
-
-TRAINING_LOG = "training.jsonl"
-_TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
 
 
 class ReportingSource(BatchSource, Protocol):
@@ -213,4 +210,4 @@ def train_settings(params: LogitsParams, seed: int, confidence: float | None = N
 
 
 def _lasting(report: TrainReport) -> dict[str, Any]:
-    return {name: value for name, value in asdict(report).items() if name not in _TIMED}
+    return {name: value for name, value in asdict(report).items() if name not in TIMED_REPORT}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from compress.model.distillation.packing import Batch, Indices, RowTable, cut
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.sampled import Drawn
 from compress.model.distillation.settings import Precision, choose_bf16
+from compress.model.distillation.shard_folder import ordered
 from compress.model.layers import output_head
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def fill_by(
 ) -> None:
     """`fill_cache` with ``code``, which gives the coded targets of rows, in shards of ``size`` positions."""
     keys = [table.key(row) for row in range(len(table))]
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # equal rows are computed once
-    rows = np.array(sorted(first.values(), key=lambda row: (table.lengths[row], keys[row])), dtype=np.int64)
+    rows = ordered(keys, table.lengths)
     with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
         for piece in shards(table.counts[rows].tolist(), size):
             run = rows[piece]

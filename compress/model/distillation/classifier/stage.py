@@ -26,7 +26,7 @@ from compress.model.distillation.classifier.params import ClassifierParams
 from compress.model.distillation.classifier.rows import ClassTable, Questions, read_questions
 from compress.model.distillation.classifier.teacher import Taught, Teacher, teach
 from compress.model.distillation.losses import LossWeights
-from compress.model.distillation.monitoring import copy_log
+from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable, split_rows
 from compress.model.distillation.settings import TrainSettings, training_device
 from compress.model.distillation.students import start_student
@@ -34,9 +34,7 @@ from compress.model.distillation.targets import check_rows_fit, local_folder, sh
 from compress.model.distillation.trainer import threads, train
 from compress.model.shapes import shape_of
 
-TRAINING_LOG = "training.jsonl"
 GAP = 0.05  # of the sum of attributions, above which the user is told
-_TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
 _SETTINGS = (
     "epochs", "steps", "batch_tokens", "accumulate", "learning_rate", "warmup_ratio", "final_lr_ratio", "optimizer",
     "weight_decay", "grad_clip", "average_decay", "validation_share", "validation_rows", "validations", "patience",
@@ -93,7 +91,7 @@ def distill(params: ClassifierParams, ctx: StageContext) -> StageResult:
         "classes": {name: params.answers.get(name, name) for name in questions.classes},
     }
     told = asdict(report)
-    training = {name: value for name, value in told.items() if name not in _TIMED}
+    training = {name: value for name, value in told.items() if name not in TIMED_REPORT}
     save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": training})
     copy_log(log, ctx.out / TRAINING_LOG)
     figures |= {"parameters": count_parameters(student)}

@@ -7,23 +7,15 @@ so all of them are in memory. Knows nothing of models or training.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.errors import DataError, StoreError
-from compress.files import file_sha256
-from compress.model.distillation.resume import save_tensors, write_json
-
-logger = logging.getLogger(__name__)
+from compress.errors import DataError
+from compress.model.distillation.shard_folder import ShardFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,7 @@ class ChunkHeader:
         return 4 * self.columns
 
 
-class ChunkCache:
+class ChunkCache(ShardFolder):
     """An open cache: rows are added by `append` and read by `take`."""
 
     def __init__(self, folder: Path, header: ChunkHeader) -> None:
@@ -64,13 +56,9 @@ class ChunkCache:
             DataError: the folder holds the cache of something else.
             StoreError: the header cannot be read or written.
         """
-        self.folder, self.header = folder, header
+        self.header = header
         self._rows: dict[bytes, Tensor] = {}
-        self._next = 0
-        self._check_header()
-        for marker in sorted(folder.glob("shard-*.json")):
-            self._next = int(marker.stem.partition("-")[2]) + 1
-            self._open(marker)
+        super().__init__(folder, asdict(header))
 
     @property
     def chunks(self) -> int:
@@ -86,17 +74,7 @@ class ChunkCache:
         Raises:
             StoreError: the disk is full or the folder cannot be written.
         """
-        path = self.folder / f"shard-{self._next:05d}.safetensors"
-        tensors = {
-            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1).copy()),
-            "counts": torch.tensor(counts, dtype=torch.int32),
-            "values": values,
-        }
-        save_tensors(path, tensors, {})
-        marker = {"sha256": file_sha256(path), "rows": len(keys), "chunks": len(values)}
-        write_json(path.with_suffix(".json"), marker)
-        self._next += 1
-        self._add(tensors)
+        self.write(keys, counts, {"values": values}, chunks=len(values))
 
     def take(self, keys: Sequence[bytes]) -> Tensor:
         """The numbers of rows (chunks of all of them, columns), in their order.
@@ -109,38 +87,6 @@ class ChunkCache:
             got = f"{len(missing)} of {len(keys)} rows are not in the teacher's cache"
             raise DataError(str(self.folder), got, do="Fill the cache with these rows first")
         return torch.cat([self._rows[key] for key in keys])
-
-    def _check_header(self) -> None:
-        path = self.folder / "header.json"
-        wanted = asdict(self.header)
-        if not path.is_file():
-            write_json(path, wanted)
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(str(path), f"cannot be read ({error})", do="Remove the folder; it is made anew") from error
-        for name, value in wanted.items():
-            got = found.get(name) if isinstance(found, dict) else found
-            if got != value:
-                raise DataError(
-                    str(path),
-                    f"the cache's {name} is {got!r}",
-                    repr(value),
-                    f"It was made with another {name}: remove the folder, or use the {name} that it was made with",
-                )
-
-    def _open(self, marker: Path) -> None:
-        path = marker.with_suffix(".safetensors")
-        try:
-            if file_sha256(path) != json.loads(marker.read_text(encoding="utf-8"))["sha256"]:
-                logger.warning("%s fails its digest; its rows are computed again", path)
-                return
-            tensors = load_file(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning("%s cannot be read (%s); its rows are computed again", path, error)
-            return
-        self._add(tensors)
 
     def _add(self, tensors: dict[str, Tensor]) -> None:
         pieces = torch.split(tensors["values"], tensors["counts"].tolist())

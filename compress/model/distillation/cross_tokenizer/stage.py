@@ -29,7 +29,7 @@ from compress.model.distillation.cross_tokenizer.shapes import scratch_config, t
 from compress.model.distillation.cross_tokenizer.symbols import Vocabulary, common_tokens, vocabulary
 from compress.model.distillation.cross_tokenizer.targets import CachedTeacher, OnlineTeacher, fill_cache
 from compress.model.distillation.losses import LossWeights
-from compress.model.distillation.monitoring import copy_log
+from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import TrainSettings, choose_bf16
@@ -38,8 +38,6 @@ from compress.model.distillation.targets import OnlineTargets, TargetFn, check_r
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.shapes import shape_of
 
-TRAINING_LOG = "training.jsonl"
-_TIMED = ("seconds", "tokens_per_s", "resumed_from")  # not the same in every run: kept out of the artifact
 _SETTINGS = (
     "epochs", "steps", "batch_tokens", "accumulate", "learning_rate", "warmup_ratio", "final_lr_ratio", "optimizer",
     "weight_decay", "grad_clip", "average_decay", "validation_share", "validation_rows", "validations", "keep",
@@ -232,7 +230,7 @@ def _module(loss: CrossLoss, vocab: int, student: nn.Module, bf16: bool) -> nn.M
 
 def _told(report: TrainReport, *, lasting: bool = False) -> dict[str, Any]:
     """The trainer's figures; what it calls a KL is the cross loss here."""
-    figures = {name: value for name, value in asdict(report).items() if not (lasting and name in _TIMED)}
+    figures = {name: value for name, value in asdict(report).items() if not (lasting and name in TIMED_REPORT)}
     figures["validation_cross_loss"] = figures.pop("validation_kl")
     return figures
 

@@ -20,6 +20,7 @@ from compress.model.distillation.cross_tokenizer.losses import Scores, Spans, ch
 from compress.model.distillation.cross_tokenizer.pairs import Chunks, Pairs
 from compress.model.distillation.losses import States
 from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.distillation.shard_folder import ordered
 from compress.model.distillation.targets import TEACHER_TOKENS, OnlineTargets
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def fill_cache(cache: ChunkCache, teacher: OnlineTeacher, progress: Progress) ->
     """
     table, pairs = teacher.table, teacher.pairs
     keys = [pairs.key(row, table) for row in range(len(table))]
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}  # equal rows are computed once
-    rows = np.array(sorted(first.values(), key=lambda row: (table.lengths[row], keys[row])), dtype=np.int64)
+    rows = ordered(keys, table.lengths)
     counts = pairs.starts[1:] - pairs.starts[:-1]
     with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
         for piece in shards(counts[rows].tolist(), SHARD_CHUNKS):
