@@ -317,7 +317,7 @@ class _Run:
             # in evaluation mode it wraps nothing: the gradients are summed here
             self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         if settings.activation_checkpointing and not is_plain(trained):
-            cast(Any, trained).gradient_checkpointing_enable({"use_reentrant": False})
+            cast(Any, trained).activation_checkpointing_enable({"use_reentrant": False})
         self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(
             trained,
