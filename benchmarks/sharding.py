@@ -69,9 +69,14 @@ def train_once(job: dict) -> None:
     student = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     rows = tiny_token_rows(256, tokens=(48, 64), vocab=shape["vocab"])
     settings = TrainSettings(
-        loss=LossWeights(kd_weight=0.5), steps=job["steps"], batch_tokens=job["batch_tokens"], precision=job["precision"],
-        activation_checkpointing=job.get("twice", False), validation_share=0.05, validations=1, checkpoint_every_steps=3,
-    )  # fmt: skip
+        loss=LossWeights(kd_weight=0.5),
+        steps=job["steps"],
+        batch_tokens=job["batch_tokens"],
+        precision=job["precision"],
+        activation_checkpointing=job.get("twice", False),
+        validations=1,
+        checkpoint_every_steps=3,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ctx = StageContext(
@@ -112,11 +117,11 @@ def main() -> None:
     for way, how in WAYS.items():
         base, found = bare[how.get("sharding", "none")], measured(given | how)
         rows.append((way, found["first"] - base["first"], max(0, found["others"] - base["others"]), found))
-    print(f"weights {rows[0][3]['weights'] / MIB:.0f} MiB")  # noqa: T201 - the result
-    print(f"{'':32}{'first':>8}{'others':>8}{'tokens/s':>10}{'loss':>10}")  # noqa: T201
+    print(f"weights {rows[0][3]['weights'] / MIB:.0f} MiB")
+    print(f"{'':32}{'first':>8}{'others':>8}{'tokens/s':>10}{'loss':>10}")
     for way, first, others, found in rows:
         line = f"{way:32}{first / MIB:8.0f}{others / MIB:8.0f}{found['tokens_per_s']:10.0f}{found['loss']:10.5f}"
-        print(line)  # noqa: T201
+        print(line)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from compress.model.distillation.packing import Indices
 PATIENCE = timedelta(minutes=30)  # of a collective operation: one process may wait while another asks a teacher
 START_S = 120.0  # until a started process has loaded its libraries
 _SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
+OWN_TEXT = "text that the student writes"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun sets
 
 
@@ -132,6 +133,18 @@ def check_size(found: int | None, wanted: int, where: str) -> None:
             where, f"the launcher started {found} of {wanted} processes", f"hardware.processes {wanted}, all of them",
             f"Start without a launcher, or with torchrun --nproc-per-node {wanted}",
         )  # fmt: skip
+
+
+def check_alone(wanted: int, where: str, what: str) -> None:
+    """Refuse several processes for ``what``, which one alone can do; an empty text: several can.
+
+    Raises:
+        UserError: several are asked for, or a launcher started them.
+    """
+    found = launched()
+    size = max(wanted, 1 if found is None else found[1])
+    if size > 1 and what:
+        raise UserError(where, f"{size} processes for {what}", "one", "Set hardware.processes to 1")
 
 
 @contextmanager

@@ -27,24 +27,31 @@ from compress.model.layers import decoder_layers, linears
 KEY = "hardware.sharding"
 
 
-def check_sharding(settings: TrainSettings, student: nn.Module, other: str = "") -> None:
-    """Refuse what cannot be done with parts of weights; ``other`` says what else than rows and their loss is asked for.
+def check_sharding(
+    sharding: str, settings: TrainSettings | None = None, *, student: nn.Module | None = None, other: str = ""
+) -> None:
+    """Refuse what cannot be done with parts of weights; ``other`` says what else than a plain run is asked for.
+
+    Stages ask before they load anything, `train` once more with all that it knows.
 
     Raises:
-        UserError: Muon, losses on features, adapters or fake quantizers in the student, or ``other``.
+        UserError: ``sharding`` is ``full`` with Muon, losses on features, adapters or quantizers in the student, or
+            ``other``.
     """
-    plain = all(
-        type(linear).forward is nn.Linear.forward
-        for layer in decoder_layers(student)
-        for linear in linears(layer).values()
+    if sharding != "full":
+        return
+    layers = [] if student is None else decoder_layers(student)
+    changed = any(
+        type(linear).forward is not nn.Linear.forward for layer in layers for linear in linears(layer).values()
     )
-    reasons = [
-        (settings.optimizer == "muon", "optimizer: muon, which steps by whole matrices", "optimizer: adamw"),
-        (settings.loss.wants_features, "hidden_weight or attention_weight", "a loss on logits alone"),
-        (not plain, "adapters or quantizers inside the student's layers", "a student of plain linear layers"),
+    muon = settings is not None and settings.optimizer == "muon"
+    features = settings is not None and settings.loss.wants_features
+    for there, got, allowed in (
+        (muon, "optimizer: muon, which steps by whole matrices", "optimizer: adamw"),
+        (features, "hidden_weight or attention_weight", "a loss on logits alone"),
+        (changed, "adapters or quantizers inside the student's layers", "a student of plain linear layers"),
         (bool(other), other, "rows in their turn and a loss on logits"),
-    ]
-    for there, got, allowed in reasons:
+    ):
         if there:
             raise UserError(KEY, f"full with {got}", allowed, "Set sharding: none, or change the step")
 

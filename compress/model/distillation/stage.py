@@ -22,8 +22,10 @@ from compress.model.distillation.features import feature_targets, projected
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
+from compress.model.distillation.parallel import OWN_TEXT, check_alone
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.sharding import check_sharding
 from compress.model.distillation.sources import BatchSource
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
@@ -76,6 +78,9 @@ def distill_from(
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    own_text = "" if source_of is None else OWN_TEXT
+    check_sharding(ctx.sharding, train_settings(params, ctx.seed, 0.0), other=own_text)
+    check_alone(ctx.processes, ctx.name, own_text)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)

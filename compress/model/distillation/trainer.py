@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from compress.errors import ModelError, TrainingError, UserError
+from compress.errors import ModelError, TrainingError
 from compress.model.distillation.features import (
     PROJECTIONS,
     FeatureStates,
@@ -42,7 +42,7 @@ from compress.model.distillation.losses import LossParts, LossWeights, Marks, Ta
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
-from compress.model.distillation.parallel import Team, assembled, told
+from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, check_alone, told
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
 from compress.model.distillation.sharding import Shards, check_sharding, check_team, local, skeleton, whole
 from compress.model.distillation.snapshots import Snapshots
@@ -164,6 +164,7 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     after.
 
     Raises:
+        UserError: several processes, or parts of weights, for what they cannot do.
         DataError: no rows, or a row without an answer token.
         ModelError: a token id outside the vocabulary.
         TrainingError: the loss is NaN or diverges; the best weights so far stay in ``ctx.work``.
@@ -171,17 +172,14 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     """
     if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
-    other = "text that the student writes" if source is not None else ""
-    other = "a loss of its own kind" if loss_module is not None else other
-    if ctx.sharding == "full":
-        check_sharding(settings, student, other)
+    other = OWN_TEXT if source is not None else "a loss of its own kind" if loss_module is not None else ""
+    check_sharding(ctx.sharding, settings, student=student, other=other)
+    check_alone(ctx.processes, ctx.name, other)
     vocab = _ids_in_use(student, vocab, where=ctx.name)
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with assembled(ctx.processes, ctx.name) as team:
         if ctx.sharding == "full":
             check_team(team)
-        if team.size > 1 and other:
-            raise UserError(ctx.name, f"{team.size} processes for {other}", "one", "Set hardware.processes to 1")
         alone = replace(ctx, threads=max(1, ctx.threads // team.size))
         job = _Job(student, target_fn, table, settings, alone, vocab, name)
         if team.size > 1:

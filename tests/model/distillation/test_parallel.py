@@ -177,7 +177,12 @@ def test_the_command_starts_them_from_the_profile(tmp_path):
     lines = (json.dumps({"messages": talk}) for talk in tiny_conversations(40, seed=0))
     (tmp_path / "pool.jsonl").write_text("\n".join(lines) + "\n")
     found, students = [], []
-    for name, hardware in (("one", "1"), ("two", "2"), ("parts", "2, sharding: full"), ("torchrun", "2, sharding: full")):
+    for name, hardware in (
+        ("one", "1"),
+        ("two", "2"),
+        ("parts", "2, sharding: full"),
+        ("torchrun", "2, sharding: full"),
+    ):
         (tmp_path / "tiny.yaml").write_text(PROFILE.replace("PROCESSES", hardware))
         store = tmp_path / f"store-{name}"
         if name != "torchrun":

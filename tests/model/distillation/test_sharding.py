@@ -23,6 +23,7 @@ from compress.model.distillation.sharding import Shards, check_sharding, local, 
 from compress.model.distillation.targets import OnlineTargets
 from compress.model.distillation.trainer import DistillationModel, train
 from compress.profile import load_profile
+from compress.stages import STAGES, load_function, params_model
 from tests.model.distillation.test_parallel import PROFILE, ROWS, SETTINGS, TOLERANCE, Interrupted, curve, near
 from tests.tiny import VOCAB, tiny_checkpoint, tiny_model
 
@@ -180,11 +181,12 @@ class Adapted(nn.Linear):
 )
 def test_what_needs_whole_weights_is_refused(settings, adapted, other, message):
     student = tiny_model()
-    check_sharding(TrainSettings(), student)
+    check_sharding("full", TrainSettings(), student=student)
+    check_sharding("none", settings, student=student, other=other)
     if adapted:
         student.model.layers[0].mlp.up_proj = Adapted(32, 64)
     with pytest.raises(UserError, match=rf"^hardware\.sharding: full with .*{message}.*Set sharding: none"):
-        check_sharding(settings, student, other)
+        check_sharding("full", settings, student=student, other=other)
 
 
 @pytest.mark.parametrize("more", [{"source": SimpleNamespace()}, {"loss_module": lambda *_: nn.Identity()}])
@@ -192,6 +194,23 @@ def test_other_ways_of_training_are_refused_before_a_process_starts(context, mor
     ctx = context(**FULL)
     with pytest.raises(UserError, match=r"hardware\.sharding"):
         train(tiny_model(), None, ROWS, TrainSettings(loss=LossWeights(kd_weight=0.0)), ctx, ctx.work / "log", **more)
+
+
+REFUSED = [
+    ("model.distillation.logits", {"optimizer": "muon"}, r"hardware\.sharding: full with optimizer: muon"),
+    ("model.distillation.gkd", {}, r"hardware\.sharding: full with text that the student writes"),
+    ("model.distillation.cross_tokenizer", {}, r"hardware\.sharding: full with tokens of two kinds"),
+    ("model.distillation.classifier", {}, r"hardware\.sharding: full with a loss on classes"),
+    ("model.quantization.qat", {}, r"hardware\.sharding: full with quantizers inside"),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "message"), REFUSED)
+def test_stages_refuse_before_they_load_anything(context, name, params, message):
+    stage = next(stage for stage in STAGES if stage.name == name)
+    ctx = context(name, teacher=SimpleNamespace(folder=None), **FULL)
+    with pytest.raises(UserError, match=message):
+        load_function(stage)(params_model(stage)(**params), ctx)
 
 
 def test_one_process_has_nothing_to_share_out(context, tmp_path):
