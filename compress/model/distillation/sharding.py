@@ -1,4 +1,4 @@
-"""A student cut up over the processes of a team: each holds its part of every weight, gradient and optimizer state.
+"""A student cut up over the processes of a team: each holds its part of weights, gradients and optimizer state.
 
 `Shards` cuts (FSDP2, torch's own ``fully_shard``) and hands the whole student back in the end; `whole` gathers one
 tensor, `put` gives every process its part of one, `local` is the part of this process. But for the last they are
@@ -121,7 +121,7 @@ class Shards:
 
     ``student`` is the caller's whole student in the first process, ``None`` in the others; ``twin`` its `skeleton`,
     which gets the weights; ``model`` holds ``twin`` and gives the loss. The caller's student loses its weights here,
-    one layer after the other, and gets the trained ones from `hand_back`.
+    one layer after the other, and gets the trained ones from `hand_back`; where training fails, it stays without.
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module, student: nn.Module | None, team: Team) -> None:

@@ -62,10 +62,7 @@ def wait_until(found, seconds, what):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks at processes in /proc")
-@pytest.mark.parametrize(
-    ("number", "sharding"),
-    [(signal.SIGINT, "none"), (signal.SIGINT, "full"), (signal.SIGKILL, "none"), (signal.SIGKILL, "full")],
-)
+@pytest.mark.parametrize(("number", "sharding"), [(signal.SIGINT, "full"), (signal.SIGKILL, "none")])
 def test_the_first_process_ends_and_so_do_the_others(context, number, sharding):
     ctx, whole = context("killed"), context("whole")
     command = [sys.executable, "-c", CODE, str(ctx.work), sharding]
