@@ -4,7 +4,7 @@
 
 Trains a random student of the given shape on random rows and made-up targets, once in each way, each in a fresh
 process. Peak memory is what a process held at the most (VmHWM of Linux) beyond what the same run with a tiny student
-held, so that the libraries are left out; `weights` is the student's size in fp32. Prints a table in MiB.
+held, so that the libraries are left out; weights are the student's in fp32. Prints a line per way as it comes.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def train_once(job: dict) -> None:
     from tests.tiny import tiny_config, tiny_token_rows
 
     torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
     shape = {name: job[name] for name in TINY}
     config = tiny_config(heads=shape["hidden"] // 64 or 1, kv_heads=shape["hidden"] // 64 or 1, **shape)
     student = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -113,15 +114,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32")
     given = vars(parser.parse_args())
     bare = {"none": measured(given | WAYS["whole"] | TINY), "full": measured(given | WAYS["cut up"] | TINY)}
-    rows = []
+    print(f"{'MiB':32}{'weights':>9}{'first':>8}{'others':>8}{'tokens/s':>10}{'loss':>10}", flush=True)
     for way, how in WAYS.items():
         base, found = bare[how.get("sharding", "none")], measured(given | how)
-        rows.append((way, found["first"] - base["first"], max(0, found["others"] - base["others"]), found))
-    print(f"weights {rows[0][3]['weights'] / MIB:.0f} MiB")
-    print(f"{'':32}{'first':>8}{'others':>8}{'tokens/s':>10}{'loss':>10}")
-    for way, first, others, found in rows:
-        line = f"{way:32}{first / MIB:8.0f}{others / MIB:8.0f}{found['tokens_per_s']:10.0f}{found['loss']:10.5f}"
-        print(line)
+        held = [found["weights"], found["first"] - base["first"], max(0, found["others"] - base["others"])]
+        sizes = f"{held[0] / MIB:9.0f}{held[1] / MIB:8.0f}{held[2] / MIB:8.0f}"
+        print(f"{way:32}{sizes}{found['tokens_per_s']:10.0f}{found['loss']:10.5f}", flush=True)
 
 
 if __name__ == "__main__":
