@@ -9,6 +9,7 @@ nccl on GPUs too, where it was never run. Knows nothing of losses, of checkpoint
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -89,6 +90,11 @@ def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` in this process, the very memory of it; all of it where it is not cut up."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    return [local(tensor) for tensor in tensors]
 
 
 def put(into: Tensor, given: Tensor | None, team: Team) -> None:

@@ -78,9 +78,7 @@ def distill_from(
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    own_text = "" if source_of is None else OWN_TEXT
-    check_sharding(ctx.sharding, train_settings(params, ctx.seed, 0.0), other=own_text)
-    check_alone(ctx.processes, ctx.name, own_text)
+    _check_hardware(params, ctx, "" if source_of is None else OWN_TEXT)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)
@@ -119,6 +117,12 @@ def distill_from(
         made, said = source.report()
         figures, notes = figures | made, notes + said
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes)
+
+
+def _check_hardware(params: LogitsParams, ctx: StageContext, other: str) -> None:
+    """Refuse several processes where one alone can do it, before anything is loaded; ``other`` as `check_sharding`."""
+    check_sharding(ctx.sharding, train_settings(params, ctx.seed, 0.0), other=other)
+    check_alone(ctx.processes, ctx.name, other)
 
 
 def _home(ctx: StageContext, start: Path | None) -> Path:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, check_alone, told
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
-from compress.model.distillation.sharding import Shards, check_sharding, check_team, local, skeleton, whole
+from compress.model.distillation.sharding import Shards, check_sharding, check_team, parts, skeleton, whole
 from compress.model.distillation.snapshots import Snapshots
 from compress.model.distillation.sources import BatchSource, LossFn, Piece, RowSource
 from compress.model.distillation.targets import TargetFn
@@ -578,11 +578,6 @@ class _Run:
                 f"are kept in {self.snapshots.best_path}"
             )
         return advice
-
-
-def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of each; see `local`."""
-    return [local(tensor) for tensor in tensors]
 
 
 def _figures(losses: LossParts, share: float) -> list[float]:
