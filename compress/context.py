@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -47,6 +47,8 @@ class StageContext:
         target: the device's facts (``deploy.targets.Target``) or ``None``.
         threads: CPU threads to use, of all processes together.
         processes: those that train together; 1: this one alone.
+        sharding: ``full``: each of them holds its part of a student's weights and of what training adds to them;
+            ``none``: all of it.
         lineage: the ``steps`` that led to the inputs and their ``origins``, JSON values that follow from the key; empty
             where a stage runs alone.
         progress: progress bars and plain lines.
@@ -63,6 +65,7 @@ class StageContext:
     target: Any = None
     threads: int = 2
     processes: int = 1
+    sharding: Literal["none", "full"] = "none"
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -187,6 +187,7 @@ class _Executor:
             target=facts.target if "target" in node.stage.uses else None,
             threads=facts.threads,
             processes=facts.profile.hardware.processes,
+            sharding=facts.profile.hardware.sharding,
             lineage=lineage(self.planned, node, self.folders),
         )
 

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.assessment_params import METRICS, SIZES, LimitParams, unjudgeable
 from compress.context import Params
@@ -69,6 +69,19 @@ class Hardware(Params):
     processes: int = Field(
         1, ge=1, le=64, description="processes that train a student together, each with its part of every step's rows"
     )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="full: each process holds its part of the student's weights, gradients and optimizer state, for "
+        "students that one cannot hold; needs processes of 2 or more",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_share_out(self) -> Hardware:
+        if self.sharding == "full" and self.processes == 1:
+            raise ValueError(
+                "sharding: full shares a student out among processes: give processes, 2 or more, also under a launcher"
+            )
+        return self
 
 
 class Step(BaseModel):

@@ -31,6 +31,7 @@ from compress.model.distillation.packing import Indices
 PATIENCE = timedelta(minutes=30)  # of a collective operation: one process may wait while another asks a teacher
 START_S = 120.0  # until a started process has loaded its libraries
 _SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
+OWN_TEXT = "text that the student writes"
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun sets
 
 
@@ -46,6 +47,11 @@ class Team:
     def first(self) -> bool:
         """Whether this process writes the files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def local_size(self) -> int:
+        """How many of the processes are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
 
     def part(self, rows: Indices) -> tuple[Indices, float]:
         """This process's share of ``rows`` and its weight: 0 for a row that it takes only to keep in step."""
@@ -84,6 +90,14 @@ class Team:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def agreed(self, wish: bool) -> bool:
+        """Whether the first process wishes so; cheaper than `share`."""
+        if self.size == 1:
+            return wish
+        flag = torch.tensor([wish])
+        distributed.broadcast(flag, src=0)
+        return bool(flag)
+
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the first one's ``tensors``, in place."""
         if self.size > 1:
@@ -119,6 +133,18 @@ def check_size(found: int | None, wanted: int, where: str) -> None:
             where, f"the launcher started {found} of {wanted} processes", f"hardware.processes {wanted}, all of them",
             f"Start without a launcher, or with torchrun --nproc-per-node {wanted}",
         )  # fmt: skip
+
+
+def check_alone(wanted: int, where: str, what: str) -> None:
+    """Refuse several processes for ``what``, which one alone can do; an empty text: several can.
+
+    Raises:
+        UserError: several are asked for, or a launcher started them.
+    """
+    found = launched()
+    size = max(wanted, 1 if found is None else found[1])
+    if size > 1 and what:
+        raise UserError(where, f"{size} processes for {what}", "one", "Set hardware.processes to 1")
 
 
 @contextmanager
@@ -230,13 +256,22 @@ def _started(size: int, where: str) -> Iterator[Team]:
 
 def _join_launched() -> None:
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        backend = _backend(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        distributed.init_process_group(backend, timeout=PATIENCE)
     os.environ.pop("LOCAL_RANK", None)  # accelerate would wrap the model and sum the gradients a second time
 
 
 def _meet(folder: Path, rank: int, size: int) -> None:
     store = torch.distributed.FileStore(str(folder / "store"), size)  # type: ignore[attr-defined]
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    distributed.init_process_group(_backend(rank, size), store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
+def _backend(rank: int, size: int) -> str:
+    """gloo, and nccl beside it where each of ``size`` processes of this machine can have a GPU, which it then takes."""
+    if torch.cuda.device_count() < size:
+        return "gloo"
+    torch.cuda.set_device(rank)
+    return "cpu:gloo,cuda:nccl"
 
 
 def _wait(ready: Callable[[], bool], children: Sequence[tuple[subprocess.Popen[bytes], Path]], where: str) -> None:

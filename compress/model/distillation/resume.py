@@ -1,8 +1,8 @@
 """Files that a kill cannot spoil: tensors and JSON values written whole or not at all, read back with checks.
 
-`save_tensors` writes safetensors under a temporary name, flushes it to disk and renames it; `read_tensors` gives
-back what was saved, or ``None`` when the file is absent, cut short or of something else. No pickle.
-Knows nothing of training.
+`save_tensors` writes safetensors under a temporary name, flushes it to disk and renames it; `open_tensors` gives back
+what was saved, tensor by tensor, or ``None`` when the file is absent, cut short or of something else; `read_tensors`
+all of it at once. Neither holds more than one tensor beside those given. No pickle. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -11,54 +11,131 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import StoreError
 
 logger = logging.getLogger(__name__)
 _VALUES = "values"  # the one metadata entry: JSON text
+# names of number formats in a header, in the order in which the library writes them
+_KINDS = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 FREE = "Free disk space, or correct the rights of the folder"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class SavedTensors:
+    """An open file of `save_tensors`; the tensors are read when they are asked for."""
+
+    values: dict[str, Any]
+    outlines: dict[str, Tensor]  # by name, in the order of the file: shapes and number formats, on no device
+    file: Any
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order of the file: by number format, wide ones first, so that each tensor is aligned; by name."""
+    ranks = {kind: rank for rank, kind in enumerate(_KINDS)}
+    return sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    *,
+    whole: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+) -> None:
     """Write ``tensors`` and the JSON ``values`` as one file, atomically; an older file is replaced.
+
+    ``whole`` is asked for each tensor when its turn comes (`in_file_order`): a tensor of which this process holds a
+    part can be gathered then.
 
     Raises:
         StoreError: the disk is full or the folder cannot be written.
     """
-    text = json.dumps(values, sort_keys=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {_VALUES: text})
-        with temporary.open("rb+") as file:
+        with temporary.open("wb") as file:
+            _write(file, tensors, values, whole)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the system's error in its own
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return (tensors, values) as saved; ``None`` when there is no such file or it is damaged (logged)."""
+def _write(
+    file: IO[bytes], tensors: Mapping[str, Tensor], values: Mapping[str, Any], whole: Callable[[Tensor], Tensor]
+) -> None:
+    """The format of safetensors, which the library itself writes from copies of all tensors alone."""
+    header: dict[str, Any] = {"__metadata__": {_VALUES: json.dumps(values, sort_keys=True)}}
+    place = 0
+    order = in_file_order(tensors)
+    for name in order:
+        tensor = tensors[name]
+        end = place + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        flat = whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def open_tensors(path: Path) -> SavedTensors | None:
+    """What was saved in ``path``; ``None`` when there is no such file or it is damaged (logged)."""
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})[_VALUES])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        file: Any = safe_open(path, framework="pt")
+        values = json.loads((file.metadata() or {})[_VALUES])
+        outlines = {name: _outline(file.get_slice(name)) for name in file.offset_keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s is damaged and left aside (%s)", path, error)
         return None
-    return tensors, values
+    return SavedTensors(values, outlines, file)
+
+
+def _outline(piece: Any) -> Tensor:
+    kind = next(kind for kind, name in _KINDS.items() if name == piece.get_dtype())
+    return torch.empty(piece.get_shape(), dtype=kind, device="meta")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return (tensors, values) as saved; ``None`` when there is no such file or it is damaged (logged)."""
+    found = open_tensors(path)
+    return None if found is None else ({name: found[name] for name in found.outlines}, found.values)
 
 
 def write_json(path: Path, value: object) -> None:

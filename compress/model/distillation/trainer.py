@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from compress.errors import ModelError, StoreError, TrainingError, UserError
+from compress.errors import ModelError, TrainingError
 from compress.model.distillation.features import (
     PROJECTIONS,
     FeatureStates,
@@ -42,9 +42,10 @@ from compress.model.distillation.losses import LossParts, LossWeights, Marks, Ta
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog, check_learned
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
-from compress.model.distillation.parallel import Team, assembled, told
-from compress.model.distillation.resume import read_tensors, save_tensors
+from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, check_alone, told
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
+from compress.model.distillation.sharding import Shards, check_sharding, check_team, parts, skeleton, whole
+from compress.model.distillation.snapshots import Snapshots
 from compress.model.distillation.sources import BatchSource, LossFn, Piece, RowSource
 from compress.model.distillation.targets import TargetFn
 from compress.model.layers import decoder_layers, output_head
@@ -163,6 +164,7 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     after.
 
     Raises:
+        UserError: several processes, or parts of weights, for what they cannot do.
         DataError: no rows, or a row without an answer token.
         ModelError: a token id outside the vocabulary.
         TrainingError: the loss is NaN or diverges; the best weights so far stay in ``ctx.work``.
@@ -170,21 +172,43 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     """
     if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
+    other = OWN_TEXT if source is not None else "a loss of its own kind" if loss_module is not None else ""
+    check_sharding(ctx.sharding, settings, student=student, other=other)
+    check_alone(ctx.processes, ctx.name, other)
     vocab = _ids_in_use(student, vocab, where=ctx.name)
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with assembled(ctx.processes, ctx.name) as team:
-        if team.size > 1 and (source is not None or loss_module is not None):
-            what = "text that the student writes" if source is not None else "a loss of its own kind"
-            raise UserError(ctx.name, f"{team.size} processes for {what}", "one", "Set hardware.processes to 1")
+        if ctx.sharding == "full":
+            check_team(team)
         alone = replace(ctx, threads=max(1, ctx.threads // team.size))
-        sent = replace(alone, progress=cast(Any, None), teacher=None, teachers={}, target=None)  # a stream stays here
-        told(team, (_follow, student, target_fn, table, settings, sent, vocab, name), ctx.name)
+        job = _Job(student, target_fn, table, settings, alone, vocab, name)
+        if team.size > 1:
+            told(team, (_follow, job.to_send()), ctx.name)
         with _as_told(alone, settings):
-            run = _Run(
-                student, target_fn, table, settings, alone,
-                team=team, log_path=log_path, vocab=vocab, name=name, source=source, loss_module=loss_module,
-            )  # fmt: skip
-            return run.finish()
+            return _Run(job, team, log_path, source=source, loss_module=loss_module).finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is trained on what, with the arguments of `train`: all that another process must know."""
+
+    student: nn.Module
+    target_fn: TargetFn | None
+    table: RowTable
+    settings: TrainSettings
+    ctx: StageContext
+    vocab: int
+    name: str
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds its part of the student."""
+        return self.ctx.sharding == "full"
+
+    def to_send(self) -> _Job:
+        """The job without what stays here: a stream, teachers, and the weights where they are cut up."""
+        ctx = replace(self.ctx, progress=cast(Any, None), teacher=None, teachers={}, target=None)
+        return replace(self, student=skeleton(self.student) if self.sharded else self.student, ctx=ctx)
 
 
 def _ids_in_use(student: nn.Module, vocab: int | None, *, where: str) -> int:
@@ -195,33 +219,11 @@ def _ids_in_use(student: nn.Module, vocab: int | None, *, where: str) -> int:
     return size if vocab is None else vocab
 
 
-def _follow(  # noqa: PLR0917 - those of `train`
-    team: Team,
-    student: nn.Module,
-    target_fn: TargetFn | None,
-    table: RowTable,
-    settings: TrainSettings,
-    ctx: StageContext,
-    vocab: int,
-    name: str,
-) -> None:
+def _follow(team: Team, job: _Job) -> None:
     """`train` in a process beside the first, which writes nothing."""
-    ctx = replace(ctx, progress=Progress(quiet=True))
-    with _as_told(ctx, settings):
-        run = _Run(
-            student,
-            target_fn,
-            table,
-            settings,
-            ctx,
-            team=team,
-            log_path=Path(os.devnull),
-            vocab=vocab,
-            name=name,
-            source=None,
-            loss_module=None,
-        )
-        run.finish()
+    job = replace(job, ctx=replace(job.ctx, progress=Progress(quiet=True)))
+    with _as_told(job.ctx, job.settings):
+        _Run(job, team, Path(os.devnull)).finish()
 
 
 @contextmanager
@@ -247,79 +249,82 @@ class _Run:
 
     def __init__(
         self,
-        student: nn.Module,
-        target_fn: TargetFn | None,
-        table: RowTable,
-        settings: TrainSettings,
-        ctx: StageContext,
-        *,
+        job: _Job,
         team: Team,
         log_path: Path,
-        vocab: int,
-        name: str,
-        source: BatchSource | None,
-        loss_module: LossModule | None,
+        *,
+        source: BatchSource | None = None,
+        loss_module: LossModule | None = None,
     ) -> None:
-        self.team, self.loss_module = team, loss_module
-        self.student, self.table, self.settings, self.ctx = student, table, settings, ctx
+        self.job, self.team, self.loss_module = job, team, loss_module
+        self.student, self.table, self.settings, self.ctx = job.student, job.table, job.settings, job.ctx
         # the teacher need not run for what is not looked at
-        self.target_fn = target_fn if settings.loss.wants_teacher else None
-        self.source = source or RowSource(table, self.target_fn, parts=settings.accumulate)
-        training, held = split_rows(
-            table,
-            validation_share=settings.validation_share,
-            validation_rows=settings.validation_rows,
-            seed=settings.seed,
-        )
-        self.training, self.held = training, held
-        self.order = BatchOrder(table.lengths, training, batch_tokens=settings.batch_tokens, seed=settings.seed)
-        self.total = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
-        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        if not self.named:
+        self.target_fn = job.target_fn if job.settings.loss.wants_teacher else None
+        self.source = source or RowSource(job.table, self.target_fn, parts=job.settings.accumulate)
+        self._lay_out()
+        if not any(p.requires_grad for p in self.student.parameters()):
             raise ModelError(
-                ctx.name, "no weight of the student is trainable", do="Call student.requires_grad_() first"
+                self.ctx.name, "no weight of the student is trainable", do="Call student.requires_grad_() first"
             )
-        self.checkpoint_path = ctx.work / f"{name}.checkpoint.safetensors"
-        self.best_path = ctx.work / f"{name}.best.safetensors"
-        self.fingerprint = self._fingerprint(vocab)
+        fingerprint = self._fingerprint(job.vocab) if team.first else ""
+        self.snapshots = Snapshots(self.ctx.work, job.name, team, fingerprint)
         self.guards: dict[str, DivergenceGuard] = {}  # one for each kind of step
-        self.at = _Position()
-        saved, bf16 = team.share((self._saved(), self._bf16()) if team.first else None)
-        self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=bf16)
-        self._prepare(vocab)
-        self.average = [p.detach().clone() for p in self.named.values()] if settings.average_decay else None
+        saved = self.snapshots.open()
+        self.at = _Position(**saved[1]["position"]) if saved else _Position(bf16=team.share(self._bf16()))
+        self._prepare()
+        self.average = [p.detach().clone() for p in self.named.values()] if self.settings.average_decay else None
         if saved:
             self._restore(*saved)
         self.resumed_from = self.at.step
         self.log = TrainLog(log_path, step=self.at.step, state=saved[1]["log"] if saved else None)
 
+    def _lay_out(self) -> None:
+        """Which rows are learned from, in which order and in how many steps, and which are held out."""
+        settings, table = self.settings, self.table
+        self.training, self.held = split_rows(
+            table,
+            validation_share=settings.validation_share,
+            validation_rows=settings.validation_rows,
+            seed=settings.seed,
+        )
+        self.order = BatchOrder(table.lengths, self.training, batch_tokens=settings.batch_tokens, seed=settings.seed)
+        self.total = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
+
     def _bf16(self) -> bool:
         head = output_head(self.student).weight
         return choose_bf16(self.settings.precision, width=int(head.shape[1]))
 
-    def _prepare(self, vocab: int) -> None:
+    def _prepare(self) -> None:
         # accelerate keeps its settings in a process-wide singleton and refuses a second one with other values; the
         # number format is the forward pass's own affair, since autocast costs more than it wins at these sizes
         AcceleratorState._reset_state(True)
         self.accelerator = Accelerator(mixed_precision="no")
-        settings = self.settings
+        settings, trained = self.settings, self.student
+        if self.job.sharded and self.team.first:
+            trained = skeleton(self.student)
+        model: nn.Module = DistillationModel(
+            trained, settings.loss, self.job.vocab, bf16=self.at.bf16, recompute=settings.activation_checkpointing
+        )
+        if self.loss_module is not None:
+            model = self.loss_module(trained, self.at.bf16)
+        self.shards: Shards | None = None
+        if self.job.sharded:
+            self.shards = Shards(model, trained, self.student if self.team.first else None, self.team)
+            self.model: nn.Module = self.shards.model
+        else:
+            # in evaluation mode it wraps nothing: the gradients are summed here
+            self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if settings.activation_checkpointing and not is_plain(trained):
+            cast(Any, trained).activation_checkpointing_enable({"use_reentrant": False})
+        self.named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(
-            self.student,
+            trained,
             settings.optimizer,
             learning_rate=settings.learning_rate,
             decay=settings.weight_decay,
             betas=settings.betas,
             bf16=self.at.bf16,
         )
-        if settings.activation_checkpointing and not is_plain(self.student):
-            cast(Any, self.student).gradient_checkpointing_enable({"use_reentrant": False})
-        model: nn.Module = DistillationModel(
-            self.student, settings.loss, vocab, bf16=self.at.bf16, recompute=settings.activation_checkpointing
-        )
-        if self.loss_module is not None:
-            model = self.loss_module(self.student, self.at.bf16)
-        # in evaluation mode it wraps nothing: the gradients are summed here
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -343,9 +348,12 @@ class _Run:
                     saved_at = time.monotonic()
                 clock.lap()
                 bar.advance(note=f"loss {loss:.3f}")
-        if self.resumed_from < self.total and self.team.first:
+        if self.resumed_from < self.total:
             self._save()  # a kill between here and the stage's own saving then costs nothing
         report = self._report(time.monotonic() - start, self._keep())
+        if self.shards is not None:
+            self.optimizer.state.clear()  # room for the whole student
+            self.shards.hand_back()
         self.student.eval()
         return report
 
@@ -360,8 +368,9 @@ class _Run:
             self.accelerator.backward(losses.loss * (share / positions) if share != 1.0 else losses.loss / positions)
             sums += _figures(losses, share)
         sums = self.team.sum(sums)
-        self.team.sum_gradients(list(self.named.values()))
-        norm = float(self.accelerator.clip_grad_norm_(list(self.named.values()), self.settings.grad_clip))
+        if self.shards is None:
+            self.team.sum_gradients(list(self.named.values()))
+        norm = float(whole(self.accelerator.clip_grad_norm_(list(self.named.values()), self.settings.grad_clip)))
         guard = self.guards.setdefault(work.kind, DivergenceGuard(self.ctx.name))
         guard.check(self.at.step + 1, float(sums[0]) / positions, norm, self._advice())
         rate = learning_rate(self.at.step, self.total, self.settings)
@@ -372,7 +381,7 @@ class _Run:
         if self.average is not None:
             # the decay rises from 0, so that the random start is soon forgotten
             decay = min(self.settings.average_decay, (1 + self.at.step) / (10 + self.at.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.named.values()], 1 - decay)
+            torch._foreach_lerp_(parts(self.average), parts(self.named.values()), 1 - decay)
         self.at.step += 1
         self.at.tokens += tokens
         loss, ce, kl = sums.tolist()
@@ -412,8 +421,7 @@ class _Run:
             self.at.stale += 1
             if self.at.best_loss is None or loss < self.at.best_loss:
                 self.at.best_loss, self.at.best_step, self.at.stale = loss, step, 0
-                if self.team.first:
-                    save_tensors(self.best_path, self.named, {"step": step, "fingerprint": self.fingerprint})
+                self.snapshots.save_best(self.named, step)
         self.at.last = figures
         self.source.validated(loss)
         if step == 0:
@@ -436,6 +444,8 @@ class _Run:
                 mine, share = self.team.part(piece)
                 sums += _figures(self._losses(Piece(self.table, mine, self.target_fn)), share)
         self.model.train()
+        if self.shards is not None:
+            self.shards.settle()
         sums = self.team.sum(sums)
         sums /= int(self.table.counts[rows].sum())
         return dict(zip(("validation_loss", "validation_ce", "validation_kl"), sums.tolist(), strict=True))
@@ -454,9 +464,7 @@ class _Run:
             self._load(current)
 
     def _load(self, tensors: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, tensor in zip(self.named.values(), tensors, strict=True):
-                parameter.copy_(tensor)
+        torch._foreach_copy_(parts(self.named.values()), parts(tensors))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -464,25 +472,22 @@ class _Run:
         """What a checkpoint must agree on: settings, rows, and the student as it was handed over."""
         digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
         digest.update(f"{vocab} {self.table.fingerprint()}{self.source.fingerprint}".encode())
-        for name, parameter in self.named.items():
+        trainable = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        for name, parameter in trainable.items():
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()
 
-    def _saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        found = read_tensors(self.checkpoint_path)
-        if found is not None and found[1].get("fingerprint") != self.fingerprint:
-            logger.warning("%s is of another run and left aside", self.checkpoint_path)
-            return None
-        return found
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the checkpoint is."""
+        return self.snapshots.checkpoint_path
 
     def _checkpoint_due(self, saved_at: float) -> bool:
-        if not self.team.first:
-            return False
         steps = self.settings.checkpoint_every_steps
         if steps is not None:
             return self.at.step % steps == 0
-        return time.monotonic() - saved_at >= self.settings.checkpoint_every_s
+        return self.team.agreed(time.monotonic() - saved_at >= self.settings.checkpoint_every_s)
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.named.items()}
@@ -494,49 +499,46 @@ class _Run:
         made, source = self.source.state()
         tensors |= {f"source.{name}": value for name, value in made.items()}
         values = {
-            "fingerprint": self.fingerprint,
             "position": asdict(self.at),
             "log": self.log.sums,
             "guards": {kind: guard.state() for kind, guard in self.guards.items()},
             "source": source,
         }
-        save_tensors(self.checkpoint_path, tensors, values)
+        self.snapshots.save(tensors, values)
 
-    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self._load([tensors[f"model.{name}"] for name in self.named])
+    def _restore(self, outlines: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        into: dict[str, Tensor] = {f"model.{name}": p for name, p in self.named.items()}
         if self.average is not None:
-            self.average = [tensors[f"average.{i}"].clone() for i in range(len(self.average))]
+            into |= {f"average.{i}": value for i, value in enumerate(self.average)}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
+        for name, outline in outlines.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
+                like = parameters[int(index)]
+                into[name] = torch.zeros_like(like if outline.shape == like.shape else outline, device=like.device)
+                state.setdefault(int(index), {})[key] = into[name]
+            elif name not in into:
+                into[name] = torch.zeros_like(outline, device="cpu")
+        self.snapshots.load(into)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for kind, guard in values["guards"].items():
             self.guards[kind] = DivergenceGuard(self.ctx.name)
             self.guards[kind].restore(guard)
-        made = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+        made = {name.removeprefix("source."): value for name, value in into.items() if name.startswith("source.")}
         self.source.restore(made, values["source"])
-        torch.set_rng_state(tensors["random"])
+        torch.set_rng_state(into["random"])
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _keep(self) -> list[str]:
         """Put the weights to keep into the student; returns notes for the user."""
         notes: list[str] = []
-        if self.settings.keep == "best" and len(self.held) and self.team.first:
-            best = read_tensors(self.best_path)
-            if best is None or best[1] != {"step": self.at.best_step, "fingerprint": self.fingerprint}:
-                raise StoreError(
-                    str(self.best_path),
-                    f"does not hold the best weights, of step {self.at.best_step}",
-                    do="Remove the folder and run again",
-                )
-            self._load([best[0][name] for name in self.named])
+        if self.settings.keep == "best" and len(self.held):
+            self.snapshots.load_best(self.named, self.at.best_step)
         elif self.average is not None:
             self._load(self.average)
-        self.team.spread(list(self.named.values()))
         if self.settings.keep == "best" and not len(self.held):
             notes.append("no rows are held out, so the last weights were kept, not the best")
         if self._stalled():
@@ -573,10 +575,10 @@ class _Run:
 
     def _advice(self) -> str:
         advice = f"Lower learning_rate (now {self.settings.learning_rate:g})"
-        if self.best_path.is_file() and self.at.best_loss is not None:
+        if self.snapshots.best_path.is_file() and self.at.best_loss is not None:
             advice += (
                 f"; the best weights, of step {self.at.best_step} with held-out loss {self.at.best_loss:.4f}, "
-                f"are kept in {self.best_path}"
+                f"are kept in {self.snapshots.best_path}"
             )
         return advice
 

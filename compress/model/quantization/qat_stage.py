@@ -26,6 +26,7 @@ from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.settings import TrainSettings
+from compress.model.distillation.sharding import check_sharding
 from compress.model.distillation.targets import (
     TargetFn,
     check_rows_fit,
@@ -70,6 +71,7 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
     """
     if params.start != "gptq":  # what makes up for changed inputs is part of that method
         params = params.model_copy(update={"correction_damp": None})
+    check_sharding(ctx.sharding, other="quantizers inside the student's layers")
     job = open_job(params, ctx)
     if all(spec.bits == PLAIN for spec in job.layout.linears.values()):
         raise ModelError(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from compress.errors import TrainingError, UserError
@@ -94,7 +95,8 @@ def test_another_number_of_processes_goes_on(context, monkeypatch, before, after
     assert near(student, other)
 
 
-def test_a_process_that_dies_ends_all(context, monkeypatch):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_process_that_dies_ends_all(context, monkeypatch, sharding):
     children = []
     step = trainer._Run._step
 
@@ -107,7 +109,7 @@ def test_a_process_that_dies_ends_all(context, monkeypatch):
 
     monkeypatch.setattr(trainer._Run, "_step", kill)
     with pytest.raises(TrainingError, match=r"process 1 of 2 ended with code -9"):
-        run(context(processes=2))
+        run(context(processes=2, sharding=sharding))
     assert all(child.poll() is not None for child in children)
     assert not torch.distributed.is_initialized()
 
@@ -170,15 +172,20 @@ bench: null
 
 
 def test_the_command_starts_them_from_the_profile(tmp_path):
-    """By itself, and with processes that torchrun started."""
+    """By itself, with whole weights and with parts of them, and with processes that torchrun started."""
     tiny_checkpoint(tmp_path / "teacher", layers=3)
     lines = (json.dumps({"messages": talk}) for talk in tiny_conversations(40, seed=0))
     (tmp_path / "pool.jsonl").write_text("\n".join(lines) + "\n")
-    found = []
-    for processes in (1, 2, 0):
-        (tmp_path / "tiny.yaml").write_text(PROFILE.replace("PROCESSES", str(processes or 2)))
-        store = tmp_path / f"store{processes}"
-        if processes:
+    found, students = [], []
+    for name, hardware in (
+        ("one", "1"),
+        ("two", "2"),
+        ("parts", "2, sharding: full"),
+        ("torchrun", "2, sharding: full"),
+    ):
+        (tmp_path / "tiny.yaml").write_text(PROFILE.replace("PROCESSES", hardware))
+        store = tmp_path / f"store-{name}"
+        if name != "torchrun":
             go(load_profile(tmp_path / "tiny.yaml"), store=Store(store), progress=Progress(quiet=True))
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -190,6 +197,11 @@ def test_the_command_starts_them_from_the_profile(tmp_path):
             assert done.returncode == 0, done.stdout + done.stderr
         (log,) = store.rglob("training.jsonl")
         found.append([json.loads(line) for line in log.read_text().splitlines()])
+        students.append((log.parent.name, load_file(log.parent / "model.safetensors")))
     for other in found[1:]:
         for mine, theirs in zip(found[0], other, strict=True):
             assert theirs == pytest.approx(mine, abs=TOLERANCE)
+    for key, student in students[1:]:
+        assert key == students[0][0]  # how it was trained is no part of what it is
+        assert list(student) == list(students[0][1])
+        assert all(torch.allclose(student[name], tensor, atol=1e-3) for name, tensor in students[0][1].items())

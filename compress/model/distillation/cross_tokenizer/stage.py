@@ -33,8 +33,10 @@ from compress.model.distillation.cross_tokenizer.targets import CachedTeacher, O
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
+from compress.model.distillation.parallel import check_alone
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import TrainSettings, choose_bf16
+from compress.model.distillation.sharding import check_sharding
 from compress.model.distillation.students import random_student
 from compress.model.distillation.targets import (
     Codec,
@@ -80,6 +82,8 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    check_sharding(ctx.sharding, other="tokens of two kinds")
+    check_alone(ctx.processes, ctx.name, "tokens of two kinds")
     folder, home = local_folder(ctx.teacher.folder, where=ctx.name), _student_folder(params, ctx)
     check_folder(folder)
     ours, theirs = _sides(params, ctx, folder, home)
