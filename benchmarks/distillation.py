@@ -32,7 +32,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 WARM = 2  # steps left out of the timing
 HELD_TOKENS = 16_384
-SMOLLM2 = {
+SMOLLM2: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -112,7 +112,7 @@ def operations(student: PreTrainedModel, rows: Sequence[Row], vocab: int) -> flo
     """Floating-point operations of one pass forward and back over ``rows``, per token."""
     config: Any = student.config
     heads = int(config.num_attention_heads) * int(config.head_dim)
-    layers = cast_layers(student)
+    layers = cast(Any, student).model.layers
     inner = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
     total = sum(
         6 * inner * len(ids)
@@ -121,11 +121,6 @@ def operations(student: PreTrainedModel, rows: Sequence[Row], vocab: int) -> flo
         for ids, prompt in rows
     )
     return total / sum(len(ids) for ids, _ in rows)
-
-
-def cast_layers(model: Any) -> Any:
-    """The decoder layers of a model."""
-    return model.model.layers
 
 
 @torch.no_grad()
@@ -139,7 +134,7 @@ def divergence(teacher: Any, student: Any, table: RowTable) -> float:
         for start in range(0, len(batch.keep), 512):
             p, q = (one.narrow(start, min(start + 512, len(batch.keep))).logprobs for one in said)
             total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    return total / int(table.counts.sum())
+    return total / float(table.counts.sum())
 
 
 class Task:
@@ -155,14 +150,17 @@ class Task:
         if str(given.model) == "smollm2-135m":
             shape = shape_of(SMOLLM2)
             self.teacher: PreTrainedModel = random_student(SMOLLM2, shape, head_dim=None, seed=0, where="benchmark")
-            self.vocab = SMOLLM2["vocab_size"]
+            self.vocab = int(SMOLLM2["vocab_size"])
             pool, unseen = (draw.integers(3, self.vocab, int(sum(n))).tolist() for n in (lengths, held))
         else:
             self.teacher = load_model(given.model, dtype=torch.float32)
             self.vocab = max(load_tokenizer(given.model).get_vocab().values()) + 1
             pool = stream(given.model, given.text / "train.txt", int(sum(lengths)))
             unseen = stream(given.model, given.text / "valid-stories.txt", int(sum(held)))
-        self.rows, self.held = rows_of(pool, lengths.tolist(), self.mixed), table_of(rows_of(unseen, held, False), self.vocab)
+        self.rows, self.held = (
+            rows_of(pool, lengths.tolist(), self.mixed),
+            table_of(rows_of(unseen, held, False), self.vocab),
+        )
         self.student = self._student()
         for model, name in ((self.teacher, "teacher"), (self.student, "student")):
             model.save_pretrained(folder / name)
@@ -271,6 +269,22 @@ def table_lines(task: Task, outcomes: Mapping[str, list[dict[str, Any]]], filled
     return lines
 
 
+def heading(task: Task, outcomes: Mapping[str, list[dict[str, Any]]], filled: Mapping[str, Any], start: float) -> str:
+    """What was measured; ``start`` is the divergence before training."""
+    given = task.given
+    teacher, student = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (task.teacher, task.student))
+    roof = statistics.median(one["roof"] / 1e9 for found in outcomes.values() for one in found)
+    flops = operations(task.student, task.rows, task.vocab) / 1e6
+    return (
+        f"{given.model.name}: teacher {teacher:.2f} million weights, student {student:.2f}, vocabulary {task.vocab}; "
+        f"{given.dtype}, {given.threads} thread(s), {given.steps} steps of {given.rows} rows, {given.lengths}, up to "
+        f"{given.tokens} tokens; {flops:.2f} MFLOP per token, roof {roof:.0f} GFLOP per CPU s; held-out KL of the "
+        f"start {start:.4f}; filling the cache {filled['fill_cpu_s']:.1f} CPU s for {filled['tokens']:,} tokens, "
+        f"{filled['bytes_per_target']:.0f} bytes a target, {filled['grown'] / 1e6:.0f} MB; load average at the end "
+        f"{os.getloadavg()[0]:.1f}\n"
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,17 +321,7 @@ def main() -> None:
                 if found is not None:
                     outcomes[title].append(found)
                     print(repeat, title, f"{found['tokens_cpu_s']:.0f}", f"{found['held']:.4f}", file=sys.stderr)
-        sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (task.teacher, task.student)]
-        roofs = [one["roof"] / 1e9 for found in outcomes.values() for one in found]
-        print(
-            f"{given.model.name}: teacher {sizes[0]:.2f} million weights, student {sizes[1]:.2f}, vocabulary "
-            f"{task.vocab}; {given.dtype}, {given.threads} thread(s), {given.steps} steps of {given.rows} rows, "
-            f"{given.lengths}, up to {given.tokens} tokens; {operations(task.student, task.rows, task.vocab) / 1e6:.2f} "
-            f"MFLOP per token, roof {statistics.median(roofs):.0f} GFLOP per CPU s; KL of the start {start:.4f}; filling "
-            f"the cache {filled['fill_cpu_s']:.1f} CPU s for {filled['tokens']:,} tokens, "
-            f"{filled['bytes_per_target']:.0f} bytes a target, {filled['grown'] / 1e6:.0f} MB; load average at the end "
-            f"{os.getloadavg()[0]:.1f}\n"
-        )
+        print(heading(task, outcomes, filled, start))
         print("\n".join(table_lines(task, {title: found for title, found in outcomes.items() if found}, filled)))
 
 

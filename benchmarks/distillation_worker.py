@@ -174,7 +174,7 @@ def peer(request: dict[str, Any]) -> dict[str, Any]:
     clocks: Clocks = []
 
     class Timed(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
             clocks.append(now())
 
     words = Tokenizer(WordLevel({"<end>": 0}, unk_token="<end>"))

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from compress.model.distillation.kernels import (
     AddLinear,
     AttentionShape,
+    CausalAttention,
     Gated,
     NormLinear,
     RootMeanSquare,
-    CausalAttention,
     rotated,
 )
 from compress.model.layers import linears

@@ -195,6 +195,7 @@ def _together(  # noqa: PLR0917 - the gradients of three things, and what they w
     if units is not None:
         pieces = inner[:, :, :heads], inner[:, :, heads : heads + kv]
         for index, (piece, gain) in enumerate(zip(pieces, gains, strict=True)):
+            assert gain is not None, "norms have gains"
             unit, inverse = units[index]
             d_gains[index] = (piece * unit).flatten(0, -2).sum(0)
             piece.copy_(_unit_backward(piece * gain, unit, inverse))
@@ -243,7 +244,7 @@ class CausalAttention(torch.autograd.Function):
         for rows, places, end in _blocks(query):
             weights = _weights(query[rows, :, places].flatten(1, 2), key[rows, :end], group, shape.scale)
             thin = torch.bmm(value[rows, :end].mT, weights.mT)  # (n, D, group * queries)
-            mixed[rows, :, :, places] = thin.unflatten(2, (group, -1))
+            mixed[rows, :, :, places] = thin.view(*thin.shape[:2], group, -1)
         ctx.save_for_backward(query, key, value, q_gain, k_gain, cos, sin)
         ctx.shape, ctx.kind = shape, joint.dtype
         by_head = mixed.view(len(joint), -1, size, group, length).permute(0, 4, 1, 3, 2)  # (B, T, kv, group, D)
@@ -265,7 +266,8 @@ class CausalAttention(torch.autograd.Function):
             d_value[rows, :, :end] += torch.bmm(wanted.mT, weights)
             d_weights = torch.bmm(wanted, value[rows, :end].mT)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_query[rows, :, :, places] = torch.bmm(key[rows, :end].mT, d_scores.mT).unflatten(2, (group, -1))
+            thin = torch.bmm(key[rows, :end].mT, d_scores.mT)
+            d_query[rows, :, :, places] = thin.view(*thin.shape[:2], group, -1)
             d_key[rows, :, :end] += torch.bmm(asked.mT, d_scores)
         gains, turn = (q_gain, k_gain), (cos, sin)
         inner, d_gains = _together(d_query.mul_(scale), d_key.mul_(scale), d_value, gains, turn, ctx.units, ctx.shape)

@@ -427,9 +427,10 @@ def fused_loss(
 
     ``head`` holds only the rows that the tokenizer can produce, so that padded rows of the vocabulary take no
     probability; ``logits`` is what the student does to their product. At most ``chunk_elements`` logits exist at a
-    time, or those of `ROW_GRID` positions where bf16 products take as many. Differentiable once in ``hidden`` and ``head``. ``dtype`` is the number format of the two products behind the
-    loss; the logits themselves are never rounded to bf16. ``marks`` say whose text a position is in, for ``skew_pair``,
-    and which row, for an adaptive skew, which costs a second product with the head.
+    time, or those of `ROW_GRID` positions where bf16 products take as many. Differentiable once in ``hidden`` and
+    ``head``. ``dtype`` is the number format of the two products behind the loss; the logits themselves are never
+    rounded to bf16. ``marks`` say whose text a position is in, for ``skew_pair``, and which row, for an adaptive skew,
+    which costs a second product with the head.
     """
     chunk = max(1, chunk_elements // head.shape[0])
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
