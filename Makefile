@@ -82,12 +82,17 @@ $(INTEROP)/llama-cpp/.ready: Makefile
 	$(@D)/bin/pip install --quiet $(if $(LLAMA_CPP_WHEELS),--find-links $(LLAMA_CPP_WHEELS)) $(LLAMA_CPP) numpy==2.2.6
 	touch $@
 
-# The strangers that benchmarks/quantization.py compares with.
-peers: setup $(INTEROP)/stranger/.ready $(INTEROP)/llama-cpp/.ready $(INTEROP)/hqq/.ready
+# The strangers that benchmarks/quantization.py and benchmarks/distillation.py compare with.
+peers: setup $(INTEROP)/stranger/.ready $(INTEROP)/llama-cpp/.ready $(INTEROP)/hqq/.ready $(INTEROP)/trl/.ready
 
 $(INTEROP)/hqq/.ready: Makefile
 	$(call torch-venv,$(@D))
 	$(@D)/bin/pip install --quiet $(TORCH) hqq==0.2.8.post1 safetensors==0.8.0 numpy==2.2.6
+	touch $@
+
+$(INTEROP)/trl/.ready: Makefile
+	$(call torch-venv,$(@D))
+	$(@D)/bin/pip install --quiet $(TORCH) trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.0.1
 	touch $@
 
 # For edgestill export --backend optimum: optimum-onnx needs an older transformers than edgestill.

@@ -28,7 +28,7 @@ from compress.model.distillation.divergences import (
     forward_terms,
     rule_of,
 )
-from compress.model.distillation.kernels import low
+from compress.model.distillation.kernels import ROW_GRID, low
 from compress.model.distillation.logit_map import IDENTITY, LogitMap
 from compress.model.distillation.sampled import Sampled, kl_at
 
@@ -427,13 +427,16 @@ def fused_loss(
 
     ``head`` holds only the rows that the tokenizer can produce, so that padded rows of the vocabulary take no
     probability; ``logits`` is what the student does to their product. At most ``chunk_elements`` logits exist at a
-    time. Differentiable once in ``hidden`` and ``head``. ``dtype`` is the number format of the two products behind the
-    loss; the logits themselves are never rounded to bf16. ``marks`` say whose text a position is in, for ``skew_pair``,
-    and which row, for an adaptive skew, which costs a second product with the head.
+    time, or those of `ROW_GRID` positions where bf16 products take as many. Differentiable once in ``hidden`` and
+    ``head``. ``dtype`` is the number format of the two products behind the loss; the logits themselves are never
+    rounded to bf16. ``marks`` say whose text a position is in, for ``skew_pair``, and which row, for an adaptive skew,
+    which costs a second product with the head.
     """
     chunk = max(1, chunk_elements // head.shape[0])
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     products = (dtype if dtype == torch.bfloat16 else hidden.dtype) if with_grad else None
+    if products == torch.bfloat16 and head.device.type == "cpu":
+        chunk = max(chunk, ROW_GRID)  # fewer rows are padded up to that, so that most of the product is for nothing
     own = None
     if marks is not None and marks.own is not None:
         own = torch.repeat_interleave(marks.own, marks.counts)[:, None].to(hidden.device)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.model.distillation import kernels
 from compress.model.distillation.kernels import (
     AddLinear,
     AttentionShape,
+    CausalAttention,
     Gated,
     NormLinear,
     RootMeanSquare,
-    ShortAttention,
     rotated,
 )
 
@@ -71,7 +72,10 @@ def test_gating():
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("gains", [False, True])
-def test_attention(heads, kv, gains):
+@pytest.mark.parametrize("queries", [2, 3, 64])
+def test_attention(heads, kv, gains, queries, monkeypatch):
+    monkeypatch.setattr(kernels, "QUERIES", queries)  # 2 and 3: several blocks, the last one smaller, a row at a time
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 1 if queries < 64 else 1 << 18)
     rows, length, size = 2, 5, 4
     angles = torch.arange(length, dtype=WIDE)[:, None] * torch.tensor([1.0, 0.1], dtype=WIDE)
     cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
@@ -79,7 +83,7 @@ def test_attention(heads, kv, gains):
     inputs = [draw(rows, length, heads + 2 * kv, size)] + [draw(size, seed=1), draw(size, seed=2)] * gains
 
     def function(joint, q_gain=None, k_gain=None):
-        return ShortAttention.apply(joint, q_gain, k_gain, cos, sin, shape)
+        return CausalAttention.apply(joint, q_gain, k_gain, cos, sin, shape)
 
     def plain(joint, q_gain=None, k_gain=None):
         query, key, value = torch.split(joint, [heads, kv, kv], dim=2)

@@ -499,7 +499,7 @@ def test_a_bad_learning_rate_is_caught_and_the_best_kept(context, optimizer):
         run(ctx, make(learning_rate=1.0, steps=120, optimizer=optimizer), teacher())
     assert (ctx.work / "training.best.safetensors").is_file()
     # where the loss climbs too slowly for that, the plateau guard ends it; what is kept is no worse than the start
-    settings = make(learning_rate=1.0, steps=200, optimizer=optimizer, validations=10, patience=3)
+    settings = make(learning_rate=0.2, steps=200, optimizer=optimizer, validations=10, patience=3)
     _, report = run(context("hovering"), settings, teacher())
     assert report.steps < 200
     assert report.validation_loss <= report.start_loss
