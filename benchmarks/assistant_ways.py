@@ -1,15 +1,15 @@
 """Every way to distill on the quickstart's task: exact match and divergence at equal steps and at equal time.
 
-    python benchmarks/assistant_ways.py .edgestill [--steps 200] [--more 60] [--seeds 0 1 2] [--rows 300]
+    python benchmarks/assistant_ways.py .edgestill [--steps 200] [--more 60] [--long 800] [--seeds 0 1 2]
 
 Takes the rows of a finished quickstart from the store. First part: all ways start from the same student of the
 quickstart's first shape and take ``--steps`` steps of 1,024 tokens; the labels alone also take two and four times as
 many and the forward KL twice, from which the baseline at a dearer way's time is read. Second part: ways in which the
 student writes, from the student that the forward KL left, ``--more`` steps; the forward KL gets as many, and as many as
-fit into the time of each. Printed after each seed: exact match on the first test rows (every answer token the first
-choice, so that greedy decoding would write it), KL(teacher || student) on their answers in nats per token, and CPU
-seconds of one thread, the filling of the teacher's cache included. The control is a teacher whose layers stand in
-another order.
+fit into the time of each. Third part: the forward KL for ``--long`` steps, and the labels for its time. Printed after
+each seed: exact match on the first test rows (every answer token the first choice, so that greedy decoding would write
+it), KL(teacher || student) on their answers in nats per token, and CPU seconds of one thread, the filling of the
+teacher's cache included. The control is a teacher whose layers stand in another order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ WAYS: dict[str, Way] = {
     "forward KL and attention 0.3": (distill, LogitsParams, ONLINE | {"attention_weight": 0.3}),
     CONTROL: (distill, LogitsParams, {}),
 }
+PARTS = ("ways", "writing", "long")
 MADE = ONLINE | {"kd_weight": 1.0}
 WRITING: dict[str, Way] = {
     ALONE: (distill, LogitsParams, MADE),
@@ -143,21 +144,46 @@ class Study:
         return line | {"folder": out}
 
 
-def one_seed(study: Study, steps: int, more: int) -> list[dict[str, Any]]:
-    """All runs of a seed, both parts."""
+def from_the_start(study: Study, steps: int) -> list[dict[str, Any]]:
+    """All ways at equal steps, and the baselines at more."""
     found = [study.run(name, way, steps) for name, way in WAYS.items()]
-    forward = found[list(WAYS).index(FORWARD)]["folder"]
     for name, times in ((LABELS, 2), (FORWARD, 2), (LABELS, 4)):
         found.append(study.run(f"{name}, {times} x the steps", WAYS[name], times * steps))
-    base: dict[str, Any] = {}
+    return found
+
+
+def then_writing(study: Study, more: int, start: Path) -> list[dict[str, Any]]:
+    """Ways in which the student writes, each beside the forward KL for the same time."""
+    found: list[dict[str, Any]] = []
     for name, way in WRITING.items():
-        line = study.run(f"then: {name}", way, more, start=forward, learning_rate=0.001)
-        found.append(line)
-        base = base or line
-        longer = round(more * line["seconds"] / base["seconds"])
+        found.append(study.run(f"then: {name}", way, more, start=start, learning_rate=0.001))
+        longer = round(more * found[-1]["seconds"] / found[0]["seconds"])
         if longer > 1.1 * more:
             title = f"then: {ALONE}, time of {name}"
-            found.append(study.run(title, WRITING[ALONE], longer, start=forward, learning_rate=0.001))
+            found.append(study.run(title, WRITING[ALONE], longer, start=start, learning_rate=0.001))
+    return found
+
+
+def long(study: Study, steps: int, short: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The forward KL for longer, where the teacher's cache weighs little, and the labels for the same time."""
+    forward = study.run(f"long: {FORWARD}", WAYS[FORWARD], steps)
+    rate = statistics.mean(line["seconds"] / line["steps"] for line in short if line["way"].startswith(LABELS))
+    return [forward, study.run(f"long: {LABELS}, time of the forward KL", WAYS[LABELS],
+                               round(forward["seconds"] / rate))]  # fmt: skip
+
+
+def one_seed(study: Study, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The parts of a seed; without the first, what the others need of it."""
+    if "ways" in args.parts:
+        found = from_the_start(study, args.steps)
+    else:
+        needed = [name for name, part in ((LABELS, "long"), (FORWARD, "writing")) if part in args.parts]
+        found = [study.run(name, WAYS[name], args.steps) for name in needed]
+    if "writing" in args.parts:
+        start = next(line["folder"] for line in found if line["way"] == FORWARD)
+        found += then_writing(study, args.more, start)
+    if "long" in args.parts:
+        found += long(study, args.long, found)
     return found
 
 
@@ -181,6 +207,8 @@ def main() -> None:
     parser.add_argument("store", type=Path, help="the store of a finished quickstart")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--more", type=int, default=60)
+    parser.add_argument("--long", type=int, default=800)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=300, help="test rows")
     args = parser.parse_args()
@@ -192,7 +220,7 @@ def main() -> None:
             study = Study(rows, Path(scratch), seed, args.rows)
             print(f"seed {seed}, the start: exact match {study.exact(study.start):.1%}, "
                   f"KL {study.divergence(study.start):.4f}", flush=True)  # fmt: skip
-            found += one_seed(study, args.steps, args.more)
+            found += one_seed(study, args)
             show(found)
 
 
