@@ -7,9 +7,9 @@ prompt is a paragraph and its answer the next one, of ``train.txt`` or of anothe
 blank lines): text that MODEL does not know. ``data.condensation.self_distillation`` replaces the answers; MODEL follows
 no request, so that a template shows it the prompt alone, and its answer ends with the line. On each set a copy of MODEL
 cut to half its size is trained, from the same start, for equal steps: on the labels alone, and once by the forward KL
-on the original answers. The control has the teacher's answers dealt to other prompts. Printed per seed: loss of unseen
-original answers of the kind that was trained on, loss of whole unseen stories (what was forgotten), the teacher's loss
-on what the student writes (nats per token), CPU seconds.
+on the original answers. The controls have the teacher's answers dealt to other prompts. Printed per seed: loss of
+unseen original answers of the kind that was trained on, loss of whole unseen stories (what was forgotten), the
+teacher's loss on what the student writes (nats per token), CPU seconds.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ MARK = "|||"  # what stands behind it the teacher is not shown
 TEMPLATE = f"{{{{ bos_token }}}}{{% for m in messages %}}{{{{ m['content'].split('{MARK}')[0] }}}}\n{{% endfor %}}"
 TOKENS, MADE, COUNT, HELD, CHARS = 256, 128, 1000, 150, 420
 ORIGINAL, GREEDY, DRAWN, DEALT = "original answers", "the teacher's, greedy", "the teacher's, drawn", "control: dealt"
+DRAWN_DEALT = "control: drawn, dealt"
 FORWARD = "original answers, forward KL"
 COLUMNS = ("loss, original answers", "loss, stories", "teacher's loss, own text", "CPU s")
 
@@ -128,17 +129,17 @@ class Study:
         self.sets[name] = ctx.out
         return figures
 
-    def deal(self) -> None:
-        """The greedy answers with other prompts."""
-        rows = read_rows(self.sets[GREEDY])
+    def deal(self, name: str, to: str) -> None:
+        """The set ``to``: the answers of ``name`` with other prompts."""
+        rows = read_rows(self.sets[name])
         answers = [row.answer for row in rows]
         Random(self.seed).shuffle(answers)
         dealt = [chat_row(row.user, answer) for row, answer in zip(rows, answers, strict=True)]
-        self.sets[DEALT] = self._written(dealt, "dealt")
+        self.sets[to] = self._written(dealt, to.replace(" ", "-"))
 
     def run(self, name: str) -> tuple[float, ...]:
         """Train on a set and measure."""
-        ctx = self._context(name.replace(" ", "-"), {"data": self.sets.get(name, self.sets[ORIGINAL]),
+        ctx = self._context(f"train-{name}".replace(" ", "-"), {"data": self.sets.get(name, self.sets[ORIGINAL]),
                                                      "model": self.start})  # fmt: skip
         params = LogitsParams.model_validate(
             {"init": "checkpoint", "steps": self.steps, "batch_tokens": 2048, "max_tokens": TOKENS, "truncate": True,
@@ -173,7 +174,7 @@ def loss_of(model: OnlineTargets, table: RowTable) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [ORIGINAL, GREEDY, DRAWN, DEALT, FORWARD]
+    names = [ORIGINAL, GREEDY, DRAWN, DEALT, DRAWN_DEALT, FORWARD]
     parser.add_argument("model", type=Path)
     parser.add_argument("stories", type=Path)
     parser.add_argument("--rows", type=Path, help="a file of other text to train on")
@@ -189,10 +190,10 @@ def main() -> None:
             if seed == args.seeds[0]:
                 print("the teacher", [round(value, 4) for value in study.measure(study.teacher)], flush=True)
             print("the start", [round(value, 4) for value in study.measure(load_model(study.start))], flush=True)
-            for name, temperature in ((GREEDY, 0.0), (DRAWN, 1.0)):
-                if name in args.only:
+            for name, control, temperature in ((GREEDY, DEALT, 0.0), (DRAWN, DRAWN_DEALT, 1.0)):
+                if {name, control} & {*args.only}:
                     print(seed, name, study.rewrite(name, temperature), flush=True)
-            study.deal()
+                    study.deal(name, control)
             for name in args.only:
                 found.setdefault(name, []).append(study.run(name))
                 print(seed, name, [round(value, 4) for value in found[name][-1]], flush=True)
