@@ -6,8 +6,9 @@ MODEL is a plain checkpoint, STORIES a folder with ``train.txt`` and ``valid-sto
 ``<|endoftext|>``. The student is MODEL cut to half its parameters. Every row of a seed has the same start, rows, order,
 steps and learning rate; 1 - kd_weight is 0.1 but for the labels alone. The controls learn from a teacher whose answers
 stand at the wrong positions. "own text" rows see stories and samples of a student of labels alone, half and half.
-Prints a Markdown table: KL(teacher || student), KL(student || teacher) and cross-entropy in nats per token on stories
-that no row saw, mean and, in brackets, the largest less the smallest over the seeds; CPU seconds of training.
+"X, time of Y" is X for as many steps as fit into the CPU time of Y. Prints a Markdown table: KL(teacher || student),
+KL(student || teacher) and cross-entropy in nats per token on stories that no row saw, mean and, in brackets, the
+largest less the smallest over the seeds; CPU seconds of training.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ LOSSES: dict[str, LossWeights] = {
     "shuffled: hidden 0.3, no logits": LossWeights(0.0, hidden_weight=0.3),
 }
 
+SAME_TIME = {  # name -> the loss, and the one whose CPU time it gets
+    "labels alone (CE), time of forward_kl": ("labels alone (CE)", "forward_kl"),
+    "forward_kl, time of hidden": ("forward_kl", "forward_kl + hidden 0.3"),
+    "forward_kl, time of attention": ("forward_kl", "forward_kl + attention 0.3"),
+}
+
 
 class Shuffled:
     """A teacher whose answers, logits and features, stand at the wrong positions."""
@@ -106,7 +113,7 @@ class Study:
     def _encoded(self, found: Sequence[str]) -> list[TokenRow]:
         return encode_rows([make_row(text=text) for text in found], self.tokenizer, max_tokens=TOKENS, truncate=True)
 
-    def run(self, name: str) -> tuple[float, float, float, float]:
+    def run(self, name: str, steps: int) -> tuple[float, float, float, float]:
         """Train by the loss called ``name``: both divergences and the cross-entropy afterwards, and CPU seconds."""
         loss = LOSSES[name]
         if loss.divergence == "cakld":
@@ -118,7 +125,7 @@ class Study:
         student = copy.deepcopy(self.start)
         settings = TrainSettings(
             loss=loss,
-            steps=self.given.steps,
+            steps=steps,
             batch_tokens=self.given.batch_tokens,
             learning_rate=3e-3,
             validation_share=0.0,
@@ -137,7 +144,7 @@ class Study:
             ctx = StageContext("benchmark", {}, Path(folder), Path(folder), self.seed, Progress(quiet=True), threads=1)
             train(student, targets, table, settings, ctx, Path(folder) / "log.jsonl", vocab=self.vocab)
         seconds = time.process_time() - began
-        if name == "labels alone (CE)":
+        if name == "labels alone (CE)" and not self.samples:
             self.samples = sampled(student, self.tokenizer.bos_token_id, self.seed)
         return *self.measure(student), seconds
 
@@ -180,17 +187,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--only", nargs="+", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--only", nargs="+", choices=[*LOSSES, *SAME_TIME], default=[*LOSSES, *SAME_TIME])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    names = [name for name in LOSSES if name in given.only or name == "labels alone (CE)"]  # it writes the own text
+    wanted = {*given.only, *(name for late in given.only for name in SAME_TIME.get(late, ())), "labels alone (CE)"}
+    names = [name for name in [*LOSSES, *SAME_TIME] if name in wanted]  # the labels alone write the own text
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     start = []
     for seed in range(given.seeds):
         study = Study(given.model, given.stories, seed, given)
         start.append(study.measure(study.start))
         for name in names:
-            found[name].append(study.run(name))
+            what, whose = SAME_TIME.get(name, (name, name))
+            longer = 1.0 if what == name else found[whose][-1][-1] / found[what][-1][-1]
+            found[name].append(study.run(what, round(longer * given.steps)))
             print(seed, name, *(f"{value:.4f}" for value in found[name][-1]), file=sys.stderr, flush=True)
     print("| loss | KL(teacher, student) | KL(student, teacher) | cross-entropy | CPU s |\n|---|---|---|---|---|")
     print("| the start | " + " | ".join(shown(column, 3) for column in zip(*start, strict=True)) + " | |")

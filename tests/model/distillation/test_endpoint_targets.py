@@ -340,7 +340,7 @@ def test_a_server_that_fails_on_one_form_is_asked_in_the_other(serve, ask, model
     assert scorer.form == "echo"
     assert len(bodies) == 4  # all attempts in the first form, one in the other
     broken, bodies = serve(lambda handler, body, number: (500, {"error": "no memory"}))
-    with pytest.raises(EdgestillError, match="no usable reply in 3 attempts; the last: HTTP 500.*no memory") as caught:
+    with pytest.raises(EdgestillError, match=r"no usable reply in 3 attempts; the last: HTTP 500.*no memory") as caught:
         ask(broken, place="broken")
     assert (len(bodies), caught.value.exit_code) == (6, 1)
     busy, bodies = serve(lambda handler, body, number: (503, {"error": "later"}))
