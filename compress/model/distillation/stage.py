@@ -8,6 +8,7 @@ profiles or of the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.distillation.voices import Lesson, heard, targets_of
+from compress.model.lora import adapted
 from compress.model.shapes import shape_of
 
 
@@ -102,7 +104,7 @@ def distill_from(
         if source is not None:
             source.target_fn = target_fn
         log = ctx.work / TRAINING_LOG
-        with projected(student, teacher, settings.loss, seed=ctx.seed):
+        with _adapted(student, params, ctx), projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
             report = train(student, target_fn, table, settings, ctx, log, vocab=table.vocab, source=source)
     figures |= more | {"parameters": count_parameters(student)}
@@ -128,6 +130,18 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     folder = local_folder(ctx.teacher.folder, where=ctx.name, endpoint=True)
     check_folder(folder)
     return folder
+
+
+def _adapted(student: PreTrainedModel, params: LogitsParams, ctx: StageContext) -> AbstractContextManager[None]:
+    """Adapters on the student while it trains, where ``params`` ask for them; see `adapted`."""
+    return adapted(
+        student,
+        params.lora_rank,
+        alpha=params.lora_alpha,
+        targets=params.lora_targets or "all",
+        seed=ctx.seed,
+        where=ctx.name,
+    )
 
 
 def _table(  # noqa: PLR0917 - both models with their tokenizers
