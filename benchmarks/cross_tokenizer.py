@@ -1,12 +1,13 @@
 """What a teacher with another tokenizer wins for a student of bytes, against its labels alone, at equal steps.
 
-    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--steps 400] [--rows 100] [--bytes 256]
+    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--steps 400] [--rows 2000] [--bytes 256]
         [--warm-steps 0] [--only NAME ...]
 
 MODEL is a plain checkpoint (stories260k), STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories
-parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes and one token before a text. Every line of
-the table has the same start, rows, steps and order, all drawn by the seed; with ``--warm-steps`` they start from a
-student that has learned the labels alone. The controls learn from a teacher whose answers stand at the wrong chunks.
+parted by lines ``<|endoftext|>``. The student's tokenizer is the 256 bytes, one token before a text and ``--merges``
+longer tokens. Every line of the table has the same start, rows, steps and order, all drawn by the seed; with
+``--warm-steps`` they start from a student that has learned the labels alone. The controls learn from a teacher whose
+answers stand at the wrong places.
 Prints a Markdown table: bits per byte on stories that no step saw (the first ``--bytes`` of each), mean, by seed,
 and against the first line (labels alone). ``seconds`` are of this process's CPU, for one seed.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from compress.context import StageContext
@@ -33,13 +34,15 @@ from compress.model.distillation.cross_tokenizer import stage
 from compress.model.distillation.cross_tokenizer.losses import Spans, label_scores
 from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
 from compress.model.distillation.forward import kept_states
-from compress.model.distillation.losses import States
+from compress.model.distillation.losses import Sparse, States
 from compress.model.layers import output_head
 from compress.progress import Progress
 from compress.teachers import open_teacher
 
 WAYS: dict[str, dict[str, Any]] = {
     "labels alone": {"kd_weight": 0.0},
+    "spelled": {"loss": "spelled"},
+    "spelled, shuffled teacher": {"loss": "spelled"},
     "ALM": {"loss": "alm"},
     "ALM, every chunk": {"loss": "alm", "debias": False},
     "ALM, shuffled teacher": {"loss": "alm"},
@@ -52,13 +55,19 @@ WAYS: dict[str, dict[str, Any]] = {
 MARK = "<|endoftext|>"
 
 
-def byte_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of the 256 bytes, ``<s>`` and ``</s>``."""
+def student_tokenizer(folder: Path, stories: list[str], merges: int) -> None:
+    """Save a tokenizer of the 256 bytes, ``<s>``, ``</s>`` and at most ``merges`` longer tokens of the stories."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = Tokenizer(models.BPE(vocab={letter: index + 2 for index, letter in enumerate(letters)}, merges=[]))
     plain.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
+    if merges:
+        trainer = trainers.BpeTrainer(
+            vocab_size=258 + merges, special_tokens=["<s>", "</s>"], initial_alphabet=letters, show_progress=False
+        )
+        plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        plain.train_from_iterator(stories, trainer)
     PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
@@ -67,6 +76,9 @@ def shuffled(targets: Any) -> Any:
 
     def wrong(batch: Any) -> Any:
         found = targets(batch)
+        if isinstance(found, Sparse):
+            order = torch.randperm(len(found.ids), generator=torch.Generator().manual_seed(len(found.ids)))
+            return Sparse(found.ids[order], found.logprobs[order], found.log_tail[order])
         order = torch.randperm(len(found.scores), generator=torch.Generator().manual_seed(len(found.scores)))
         states, spans = found.states, found.spans
         if states is not None:
@@ -79,20 +91,7 @@ def shuffled(targets: Any) -> Any:
 
 
 def bits_per_byte(folder: Path, texts: list[str], most: int) -> float:
-    """Mean surprisal of a byte of ``texts``, the first ``most`` of each."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    total, count = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"][:most]])
-        with torch.no_grad():
-            hidden = kept_states(model, ids[None, :-1], torch.arange(len(ids) - 1))
-            total -= float(label_scores(hidden, output_head(model).weight, ids[1:]).labels.sum())
-        count += len(ids) - 1
-    return total / count / math.log(2)
-
-
-def teacher_bits(folder: Path, texts: list[str], most: int) -> float:
-    """The teacher's surprisal of its own tokens of the same bytes, per byte."""
+    """Mean surprisal of the tokens of ``texts``, the first ``most`` bytes of each, per byte."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     total, count = 0.0, 0
     for text in texts:
@@ -121,9 +120,14 @@ def run(
         "batch_tokens": given.batch_tokens, "max_tokens": given.bytes + 1, "truncate": True, "validations": 1,
         "keep": "last", "validation_rows": 8, "kd_weight": given.kd_weight, "optimizer": given.optimizer,
     }  # fmt: skip
-    honest = stage._targets
+    honest = stage._taught
     if "shuffled" in way:
-        stage._targets = lambda *a, **k: (shuffled(honest(*a, **k)[0]), {})  # type: ignore[assignment]
+
+        def wrong(*a: Any, **k: Any) -> Any:
+            targets, module, figures = honest(*a, **k)
+            return shuffled(targets), module, figures
+
+        stage._taught = wrong
     work = out.with_suffix(".work")
     work.mkdir(parents=True)
     out.mkdir()
@@ -135,7 +139,7 @@ def run(
     try:
         return stage.distill(CrossTokenizerParams(**(values | WAYS[way])), ctx).metrics
     finally:
-        stage._targets = honest
+        stage._taught = honest
 
 
 def texts(path: Path) -> list[str]:
@@ -148,10 +152,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("stories", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--warm-steps", type=int, default=0, help="steps on the labels before all lines part")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=100, help="stories to learn from")
+    parser.add_argument("--merges", type=int, default=0, help="longer tokens of the student beside the 256 bytes")
+    parser.add_argument("--rows", type=int, default=2000, help="stories to learn from")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--bytes", type=int, default=256, help="of each story")
     parser.add_argument("--layers", type=int, default=2)
@@ -159,7 +165,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
     parser.add_argument("--rate", type=float, default=0.02)
-    parser.add_argument("--kd-weight", type=float, default=0.5)
+    parser.add_argument("--kd-weight", type=float, default=0.9)
     parser.add_argument("--held-out", type=int, default=60, help="stories that are scored")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--threads", type=int, default=1)
@@ -167,15 +173,15 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     scored = texts(given.stories / "valid-stories.txt")[: given.held_out]
     learned = [text for path in sorted(given.stories.glob("train*.txt")) for text in texts(path)][: given.rows]
-    print(f"teacher: {teacher_bits(given.model, scored, given.bytes):.4f} bits per byte\n")
+    print(f"teacher: {bits_per_byte(given.model, scored, given.bytes):.4f} bits per byte\n")
     found: dict[str, list[float]] = {way: [] for way in given.only}
     spent: dict[str, float] = dict.fromkeys(given.only, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "data").mkdir()
         write_rows(place / "data", [make_row(text=text) for text in learned])
-        byte_tokenizer(place / "bytes")
-        for seed in range(given.seeds):
+        student_tokenizer(place / "bytes", learned, given.merges)
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             warm = place / f"warm-{seed}" if given.warm_steps else None
             if warm is not None:
                 run("labels alone", given, place, seed=seed, steps=given.warm_steps, out=warm)

@@ -63,6 +63,12 @@ class Refused(UserError):
     code = 0
 
 
+class Unanswered(EdgestillError):
+    """No usable reply in all attempts; ``code`` is HTTP's of the last one, 0 where there was none."""
+
+    code = 0
+
+
 @dataclass(frozen=True)
 class ChatClient:
     """Talks to ``url`` (such as ``http://localhost:8000/v1``) about ``model``.
@@ -120,7 +126,7 @@ class ChatClient:
 
         Raises:
             UserError: the server refuses the request (4xx): key, model name, parameters.
-            EdgestillError: no usable reply after all attempts.
+            Unanswered: no usable reply after all attempts.
         """
         body = {
             "messages": [dict(message) for message in messages],
@@ -138,19 +144,19 @@ class ChatClient:
         ``read`` raises `Nonsense` for a reply that is not what the protocol says; the request is then repeated.
 
         Raises:
-            UserError, EdgestillError: as `complete`.
+            UserError, Unanswered: as `complete`.
         """
         content = json.dumps({"model": self.model, **body}).encode()
-        why = ""
+        why, code = "", 0
         for attempt in range(self.attempts):
-            wait = self.backoff_s * 2**attempt
+            wait, code = self.backoff_s * 2**attempt, 0
             try:
                 return read(self._post(path, content))
             except urllib.error.HTTPError as error:
                 why = f"HTTP {error.code}: {excerpt(_error_body(error))}"
                 if error.code not in BUSY:
                     raise self._refused(error.code, why) from error
-                wait = _retry_after(error, wait)
+                wait, code = _retry_after(error, wait), error.code
             except Nonsense as error:
                 why = str(error)
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSError
@@ -158,11 +164,13 @@ class ChatClient:
             logger.warning("%s: attempt %d of %d: %s", self.url, attempt + 1, self.attempts, why)
             if attempt + 1 < self.attempts:
                 time.sleep(min(wait, MAX_WAIT_S))
-        raise EdgestillError(
+        failure = Unanswered(
             self.url,
             f"no usable reply in {self.attempts} attempts; the last: {why}",
             do="Check that the server runs and is not overloaded, then run again: what is done is kept",
         )
+        failure.code = code
+        raise failure
 
     def _post(self, path: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

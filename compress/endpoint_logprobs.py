@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from compress.endpoint import ChatClient, Nonsense, Refused, excerpt
+from compress.endpoint import ChatClient, Nonsense, Refused, Unanswered, excerpt
 from compress.errors import UserError
 from compress.progress import Bar
 
@@ -73,7 +73,7 @@ class PromptScorer:
 
     def _probe(self, ids: Sequence[int]) -> list[Place]:
         """Ask in each form until one is understood."""
-        why = []
+        why, silent = [], 0
         for form in FORMS:
             try:
                 found = self._ask(ids, form)
@@ -82,6 +82,11 @@ class PromptScorer:
             except Refused as error:
                 if error.code in (401, 403):
                     raise  # the key, which no form mends
+                why.append(f"{form}: {error.got}")
+            except Unanswered as error:
+                silent += 1
+                if error.code != 500 or silent == len(FORMS):  # some servers fail on a field that they do not know
+                    raise
                 why.append(f"{form}: {error.got}")
             else:
                 self.form = form

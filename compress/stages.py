@@ -179,7 +179,7 @@ STAGES: tuple[Stage, ...] = (
         optional=("model",),
         writes="model",
         uses=("teacher",),
-        summary="train a student with another tokenizer on the teacher: ALM, GOLD or ULD",
+        summary="train a student with another tokenizer on the teacher: spelled tokens, ALM, GOLD or ULD",
     ),
     Stage(
         "model.distillation",

@@ -1,8 +1,8 @@
 """Watching a training run: the log of its curve, and the guard that stops it when it runs away.
 
 `TrainLog` averages losses between lines and writes them as JSON lines; `DivergenceGuard` raises on NaN and on a loss
-that climbs far above where it was. Both give and take their state as JSON values, so that a resumed run logs and
-judges as an unbroken one. Knows nothing of models.
+that climbs far above where it was, `check_learned` on one that stays above its start. The first two give and take their
+state as JSON values, so that a resumed run logs and judges as an unbroken one. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,17 @@ class DivergenceGuard:
 
     def __init__(self, where: str, *, factor: float = 1.5, slack: float = 0.5, smoothing: float = 0.9) -> None:
         self.where, self.factor, self.slack, self.smoothing = where, factor, slack, smoothing
-        self.smooth = self.lowest = 0.0
+        self.smooth = self.lowest = self.first = 0.0
         self.seen = 0
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""
-        return {"smooth": self.smooth, "lowest": self.lowest, "seen": self.seen}
+        return {"smooth": self.smooth, "lowest": self.lowest, "first": self.first, "seen": self.seen}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from `state`."""
         self.smooth, self.lowest, self.seen = state["smooth"], state["lowest"], int(state["seen"])
+        self.first = state["first"]
 
     def check(self, step: int, loss: float, gradient: float, advice: str) -> None:
         """Judge a step by its loss per position and the norm of its gradient; ``advice`` ends the message.
@@ -96,6 +97,7 @@ class DivergenceGuard:
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {gradient}"
             raise TrainingError(f"{self.where}: step {step}", what, do=advice)
         self.smooth = loss if not self.seen else self.smoothing * self.smooth + (1 - self.smoothing) * loss
+        self.first = self.first if self.seen else loss
         self.lowest = self.smooth if not self.seen else min(self.lowest, self.smooth)
         self.seen += 1
         if self.smooth > self.factor * self.lowest + self.slack:
@@ -104,6 +106,20 @@ class DivergenceGuard:
                 f"the loss has climbed to {self.smooth:.3f} from {self.lowest:.3f}: the run diverges",
                 do=advice,
             )
+
+
+def check_learned(where: str, *, loss: float, start: float, guards: Iterable[DivergenceGuard], advice: str) -> None:
+    """Judge a held-out loss that, half of the run done, was never below the ``start``; ``advice`` ends the message.
+
+    Well above it (by a fifth and 0.1 nats) while the training loss, too, is above its first value: such a run destroys
+    its student, however flat its curve is by then. Where the training loss has fallen, it learns the rows by heart.
+
+    Raises:
+        TrainingError: as said.
+    """
+    if loss > 1.2 * start + 0.1 and all(guard.smooth > guard.first for guard in guards):
+        what = f"the held-out loss is {loss:.4f}, and never was below the {start:.4f} of the start: nothing is learned"
+        raise TrainingError(where, what, do=advice)
 
 
 class Clock:

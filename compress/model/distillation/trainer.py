@@ -39,7 +39,7 @@ from compress.model.distillation.features import (
 from compress.model.distillation.forward import is_plain, kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
-from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog
+from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog, check_learned
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
 from compress.model.distillation.parallel import Team, assembled, told
@@ -419,6 +419,9 @@ class _Run:
         if step == 0:
             self.at.start_loss = loss
             self.log.line(0, **figures)
+        elif 2 * step >= self.total and self.at.best_step == 0 and self.at.start_loss is not None:
+            where, start, guards = f"{self.ctx.name}: step {step}", self.at.start_loss, self.guards.values()
+            check_learned(where, loss=loss, start=start, guards=guards, advice=self._advice())
         return figures
 
     def _stalled(self) -> bool:

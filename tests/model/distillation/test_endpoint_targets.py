@@ -330,6 +330,25 @@ def test_another_tokenizer_is_refused(serve, ask, tokenizer, model):
         ask(teacher, place="wrong")
 
 
+def test_a_server_that_fails_on_one_form_is_asked_in_the_other(serve, ask, model):
+    def answer(handler, body, number):
+        return by_text(model, body, str) if "echo" in body else (500, {"error": "unknown field"})
+
+    teacher, bodies = serve(answer)
+    scorer = PromptScorer(teacher.client, 4)
+    assert len(scorer.places([[1, 2, 3]])[0]) == 2
+    assert scorer.form == "echo"
+    assert len(bodies) == 4  # all attempts in the first form, one in the other
+    broken, bodies = serve(lambda handler, body, number: (500, {"error": "no memory"}))
+    with pytest.raises(EdgestillError, match="no usable reply in 3 attempts; the last: HTTP 500.*no memory") as caught:
+        ask(broken, place="broken")
+    assert (len(bodies), caught.value.exit_code) == (6, 1)
+    busy, bodies = serve(lambda handler, body, number: (503, {"error": "later"}))
+    with pytest.raises(EdgestillError, match="HTTP 503"):
+        ask(busy, place="busy")
+    assert len(bodies) == 3
+
+
 def test_a_server_that_tells_nothing_of_given_tokens_is_refused(serve, ask):
     teacher, bodies = serve(lambda handler, body, number: {"choices": [{"text": "hello", "logprobs": None}]})
     with pytest.raises(UserError, match=r"gives no log-probabilities of given tokens \(prompt_logprobs: .*; echo: "):

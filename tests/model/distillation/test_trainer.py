@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from compress.errors import ModelError, StoreError, TrainingError
 from compress.model.distillation import settings as settings_module
 from compress.model.distillation.losses import LossWeights
-from compress.model.distillation.monitoring import DivergenceGuard
+from compress.model.distillation.monitoring import DivergenceGuard, check_learned
 from compress.model.distillation.packing import BatchOrder, RowTable, split_rows
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
 from compress.model.distillation.targets import OnlineTargets
@@ -333,6 +333,31 @@ def test_divergence_stops_the_run_and_keeps_the_best(context):
     with pytest.raises(TrainingError, match=r"the run diverges.*Lower learning_rate \(now 0\.003\).*are kept in"):
         run(ctx, make(kd_weight=1.0, steps=40, validations=1), turning)
     assert (ctx.work / "training.best.safetensors").is_file()
+
+
+def test_a_rate_that_spoils_the_student_is_caught_though_the_curve_is_flat(context):
+    ctx = context()
+    settings = make(kd_weight=1.0, learning_rate=0.012, steps=60, validations=6)
+    student = tiny_model(seed=9, scale=0.3)  # the teacher itself: nothing to win, all to lose
+    with pytest.raises(TrainingError, match=r"never was below the .* of the start.*Lower learning_rate .*are kept in"):
+        train(student, teacher(), ROWS, settings, ctx, ctx.work / "log.jsonl")
+    assert (ctx.work / "training.best.safetensors").is_file()
+
+
+def test_a_rise_is_let_pass_where_it_is_small_or_the_rows_are_learned_by_heart():
+    guards = {}
+    for name, last in (("risen", 5.0), ("fallen", 1.0)):
+        guards[name] = DivergenceGuard("run")
+        for loss in (4.0, *[last] * 40):
+            guards[name].check(1, loss, 1.0, "advice")
+        fresh = DivergenceGuard("run")
+        fresh.restore(guards[name].state())
+        assert fresh.state() == guards[name].state()
+    check_learned("run", loss=9.0, start=2.0, guards=[guards["fallen"]], advice="advice")
+    check_learned("run", loss=9.0, start=2.0, guards=guards.values(), advice="advice")
+    check_learned("run", loss=2.4, start=2.0, guards=[guards["risen"]], advice="advice")
+    with pytest.raises(TrainingError, match=r"run: the held-out loss is 2\.6000.*advice"):
+        check_learned("run", loss=2.6, start=2.0, guards=[guards["risen"]], advice="advice")
 
 
 def test_guard_lets_noise_pass_and_stops_a_climb():

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from compress.context import Params
 
 SIZES = ("layers", "heads", "kv_heads", "head_dim", "ffn", "hidden")
+BELONGS = {
+    "alm_temperature": "alm", "debias": "alm", "debias_threshold": "alm", "gold_unmatched": "gold", "uld_pairs": "uld",
+    "top_k": "spelled",
+}  # fmt: skip
 
 
 class CrossTokenizerParams(Params):
@@ -29,10 +33,12 @@ class CrossTokenizerParams(Params):
     ffn: int | None = Field(None, ge=1, description="feed-forward width (default: the teacher's)")
     hidden: int | None = Field(None, ge=1, description="hidden size (default: the teacher's)")
 
-    loss: Literal["alm", "gold", "uld"] = Field(
+    loss: Literal["spelled", "alm", "gold", "uld"] = Field(
         "alm",
-        description="alm: likelihoods of chunks that spell the same bytes; gold: distributions where such chunks "
-        "begin, common tokens by KL, the rest sorted; uld: sorted distributions alone",
+        description="spelled: the teacher's next token, summed up to what the student's next token may be, for a "
+        "student whose tokens are pieces of the teacher's, such as bytes; alm: likelihoods of chunks that spell the "
+        "same bytes; gold: distributions where such chunks begin, common tokens by KL, the rest sorted; uld: sorted "
+        "distributions alone",
     )
     kd_weight: float = Field(0.5, ge=0, le=1, description="share of the cross loss; 0 learns the labels alone")
     alm_temperature: float = Field(
@@ -54,8 +60,11 @@ class CrossTokenizerParams(Params):
     )
     targets: Literal["cache", "online"] = Field(
         "cache",
-        description="of alm: store the teacher's likelihoods, 4 bytes a chunk (8 with debias), or run it in every "
-        "step; the other losses always run it",
+        description="of spelled and alm: store what the teacher says, or run it in every step; the other losses always "
+        "run it. alm takes 4 bytes a chunk, 8 with debias",
+    )
+    top_k: int = Field(
+        32, ge=1, le=1 << 16, description="of spelled: entries per token in the cache; the mass of all others is stored"
     )
 
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the rows; a part is allowed")
@@ -88,6 +97,14 @@ class CrossTokenizerParams(Params):
             raise ValueError("init: checkpoint takes the student as it is: give no sizes and no tokenizer")
         if self.init == "scratch" and self.tokenizer is None:
             raise ValueError("init: scratch needs tokenizer, the folder of the student's tokenizer")
+        return self
+
+    @model_validator(mode="after")
+    def _belongs_to_the_loss(self) -> CrossTokenizerParams:
+        for name, loss in BELONGS.items():
+            default = type(self).model_fields[name].default
+            if self.loss != loss and getattr(self, name) != default:
+                raise ValueError(f"{name} belongs to loss {loss}; got loss {self.loss}")
         return self
 
     @property

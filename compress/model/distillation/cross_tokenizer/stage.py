@@ -18,14 +18,16 @@ from transformers import PreTrainedModel
 
 from compress.context import StageContext, StageResult
 from compress.encoding import TokenRow, load_tokenizer
-from compress.errors import ModelError
+from compress.errors import DataError, ModelError
 from compress.model.checkpoint import check_folder, count_parameters, load_model, save_model
+from compress.model.distillation.cache import TargetCache
 from compress.model.distillation.cross_tokenizer.cache import ChunkCache, ChunkHeader
 from compress.model.distillation.cross_tokenizer.losses import Common
 from compress.model.distillation.cross_tokenizer.model import CrossLoss, CrossTokenizerModel
 from compress.model.distillation.cross_tokenizer.pairs import Pairs, ends_by_token, read_pairs
 from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
 from compress.model.distillation.cross_tokenizer.shapes import scratch_config, tokenizer_size
+from compress.model.distillation.cross_tokenizer.spelling import Places, SpelledTeacher, Spelling
 from compress.model.distillation.cross_tokenizer.symbols import Vocabulary, common_tokens, vocabulary
 from compress.model.distillation.cross_tokenizer.targets import CachedTeacher, OnlineTeacher, fill_cache
 from compress.model.distillation.losses import LossWeights
@@ -34,8 +36,16 @@ from compress.model.distillation.packing import RowTable
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.students import random_student
-from compress.model.distillation.targets import OnlineTargets, TargetFn, check_rows_fit, local_folder
-from compress.model.distillation.trainer import TrainReport, threads, train
+from compress.model.distillation.targets import (
+    Codec,
+    OnlineTargets,
+    TargetFn,
+    cache_header,
+    cached_targets,
+    check_rows_fit,
+    local_folder,
+)
+from compress.model.distillation.trainer import LossModule, TrainReport, threads, train
 from compress.model.shapes import shape_of
 
 _SETTINGS = (
@@ -79,16 +89,11 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
         student = _student(params, teacher.config.to_dict(), theirs.tokenizer, home, ctx)
         ours_table = ours.table(teacher.config.to_dict(), "teacher", ctx.name)
         table = theirs.table(student.config.to_dict(), "student", ctx.name)
-        loss = _loss(params, pairs, ours.words, theirs.words)
-        before, figures = count_parameters(teacher), dict(pairs.figures)
-        target_fn: TargetFn | None = None
-        if params.kd_weight:
-            target_fn, more = _targets(params, ctx, teacher, ours_table, pairs, sides=(ours, theirs))
-            figures |= more
+        before = count_parameters(teacher)
+        target_fn, module, figures = _taught(params, ctx, teacher, (ours_table, table), pairs, sides=(ours, theirs))
+        figures = pairs.figures | figures
         del teacher  # with cached targets this frees its memory before training
-        log, vocab = ctx.work / TRAINING_LOG, theirs.words.size
-        module = partial(_module, loss, vocab)
-        settings = train_settings(params, ctx.seed)
+        log, vocab, settings = ctx.work / TRAINING_LOG, theirs.words.size, train_settings(params, ctx.seed)
         report = train(student, target_fn, table, settings, ctx, log, vocab=vocab, loss_module=module)
     shape = asdict(shape_of(student.config.to_dict()))
     figures |= {"parameters": count_parameters(student), "parameters_teacher": before, "shape": shape}
@@ -158,6 +163,77 @@ def _student(
     return random_student(values, shape_of(values), head_dim=params.head_dim, seed=ctx.seed, where=ctx.name)
 
 
+def _taught(
+    params: CrossTokenizerParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    tables: tuple[RowTable, RowTable],
+    pairs: Pairs,
+    *,
+    sides: tuple[_Side, _Side],
+) -> tuple[TargetFn | None, LossModule | None, dict[str, Any]]:
+    """The teacher's side of the training, what computes the loss if the trainer does not, and figures about both.
+
+    ``tables`` are the rows in the teacher's tokens and in the student's.
+    """
+    ours, theirs = sides
+    if not params.kd_weight:
+        return None, None, {}
+    if params.loss == "spelled":
+        target_fn, figures = _spelled(params, ctx, teacher, tables, pairs, sides=sides)
+        return target_fn, None, figures
+    module = partial(_module, _loss(params, pairs, ours.words, theirs.words), theirs.words.size)
+    target_fn, figures = _targets(params, ctx, teacher, tables[0], pairs, sides=sides)
+    return target_fn, module, figures
+
+
+def _spelled(
+    params: CrossTokenizerParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    tables: tuple[RowTable, RowTable],
+    pairs: Pairs,
+    *,
+    sides: tuple[_Side, _Side],
+) -> tuple[TargetFn, dict[str, Any]]:
+    """The teacher's tokens in the student's, online or stored as the distributions of any other teacher are."""
+    ours, theirs = sides
+    places = Places(ours.rows, theirs.rows, pairs, Spelling(ours.words, theirs.words))
+    if not len(places):
+        raise DataError(
+            ctx.name,
+            "no token of the student's rows lies inside of one of the teacher's",
+            "a student whose tokens are pieces of the teacher's, such as bytes",
+            "Choose loss: alm",
+        )
+    cached = params.targets == "cache"
+    online = OnlineTargets(teacher, vocab=ours.words.size, bf16=_bf16(params, ctx, teacher, cached=cached))
+    spelled = SpelledTeacher(online, tables[0], places, vocab=theirs.words.size)
+    figures: dict[str, Any] = {"spelled_share": round(len(places) / int(pairs.theirs.sum()), 6)}
+    if not cached:
+        return spelled, figures
+    about = value_digest({"spelled": 1, "by": _named(ctx, ours), "student": _named(ctx, theirs)})
+    header = cache_header(
+        (theirs.tokenizer, about), vocab=theirs.words.size, codec=Codec(top_k=params.top_k), temperature=1.0
+    )
+    target_fn, more = cached_targets(TargetCache(ctx.work / "targets", header), tables[1], spelled, ctx.progress)
+    return target_fn, figures | more
+
+
+def _named(ctx: StageContext, side: _Side) -> list[str]:
+    """What the targets depend on, of one side: the teacher, and how a side's tokens and chats are written."""
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    tokenizer = side.tokenizer
+    return [ctx.teacher.identity, value_digest(tokenizer.get_vocab()), value_digest(tokenizer.chat_template)]
+
+
+def _bf16(params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, *, cached: bool) -> bool:
+    """The teacher's number format, chosen once."""
+    width, device = int(teacher.config.hidden_size), teacher.device.type if cached else None
+    chosen = choose_bf16(params.precision, width=width, training=not cached, device=device)
+    return kept_choice(ctx.work / "targets.json", chosen)
+
+
 def _loss(params: CrossTokenizerParams, pairs: Pairs, ours: Vocabulary, theirs: Vocabulary) -> CrossLoss:
     """The loss with the numbers that follow from both vocabularies and the rows."""
     debias = params.loss == "alm" and params.debias
@@ -165,6 +241,7 @@ def _loss(params: CrossTokenizerParams, pairs: Pairs, ours: Vocabulary, theirs: 
     if params.loss == "gold":
         ids = torch.tensor(common_tokens(ours, theirs), dtype=torch.long).reshape(-1, 2)
         common = Common(ids[:, 0], ids[:, 1])
+    assert params.loss != "spelled", "the trainer's own loss"
     return CrossLoss(
         kind=params.loss,
         kd_weight=params.kd_weight,
@@ -195,13 +272,8 @@ def _targets(
     whole = params.loss != "alm"
     cached = params.targets == "cache" and not whole
     debias = params.debias and not whole
-    device = model.device.type if cached else None
-    bf16 = kept_choice(
-        ctx.work / "targets.json",
-        choose_bf16(params.precision, width=int(model.config.hidden_size), training=not cached, device=device),
-    )
     online = OnlineTeacher(
-        OnlineTargets(model, vocab=ours.words.size, bf16=bf16),
+        OnlineTargets(model, vocab=ours.words.size, bf16=_bf16(params, ctx, model, cached=cached)),
         table,
         _paired(params, pairs),
         edges=torch.tensor(ours.words.boundary) if debias else None,

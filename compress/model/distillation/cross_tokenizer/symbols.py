@@ -95,11 +95,11 @@ def vocabulary(tokenizer: Any, *, where: str) -> Vocabulary:
 
 def common_tokens(teacher: Vocabulary, student: Vocabulary) -> list[tuple[int, int]]:
     """Pairs (teacher's id, student's id) of tokens that spell the same, each id once, by rising teacher's id."""
-    theirs = _by_symbols(student)
-    return [(index, theirs[spelled]) for spelled, index in _by_symbols(teacher).items() if spelled in theirs]
+    theirs = usual_tokens(student)
+    return [(index, theirs[spelled]) for spelled, index in usual_tokens(teacher).items() if spelled in theirs]
 
 
-def _by_symbols(side: Vocabulary) -> dict[Symbols, int]:
+def usual_tokens(side: Vocabulary) -> dict[Symbols, int]:
     """What is spelled -> the usual token for it, by rising id."""
     found: dict[Symbols, int] = {}
     for index, spelled in enumerate(side.symbols):

@@ -258,9 +258,9 @@ def test_a_teacher_that_is_no_local_model_is_refused(ready, scratch):
         ({"init": "scratch"}, "init: scratch needs tokenizer"),
         ({"tokenizer": "x"}, "takes the student as it is"),
         ({"layers": 2}, "takes the student as it is"),
-        ({"loss": "dskd"}, "Input should be 'alm', 'gold' or 'uld'"),
+        ({"loss": "dskd"}, "Input should be 'spelled', 'alm', 'gold' or 'uld'"),
         ({"alm_temperature": 0.0}, "greater than 0"),
-        ({"top_k": 3}, "Extra inputs are not permitted"),
+        ({"top_k": 3}, "top_k belongs to loss spelled; got loss alm"),
     ],
 )
 def test_params_refuse_nonsense(given, message):
