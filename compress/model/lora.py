@@ -1,14 +1,13 @@
 """Low-rank adapters (LoRA, Hu et al. 2022) on the linears of a model, by peft: put in, trained, merged.
 
-`adapted` gives a model adapters for as long as it trains; afterwards it is the plain model again, with W + scale * B A
-for each W. `effective_weight` is that sum of one linear, for forward passes of our own. Knows nothing of training.
+`add_adapters` gives a model adapters to train; `Adapters.merge` makes it the plain model again, with W + scale * B A for
+each W. `effective_weight` is that sum of one linear, for forward passes of our own. Knows nothing of training.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,23 +21,29 @@ SCALE = 2.0  # alpha over rank, where none is given
 _NAME = "default"
 
 
-@contextmanager
-def adapted(
-    model: nn.Module, rank: int, *, alpha: float | None, targets: str, seed: int, where: str
-) -> Iterator[None]:
-    """Give linears of ``model`` adapters of ``rank``, which alone are trainable; merge and remove them afterwards.
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters in a model: peft's hold on them, and how many parameters they have."""
+
+    tuner: Any
+    parameters: int
+
+    def merge(self) -> None:
+        """Add scale * B A to each weight and take the adapters out; the model is plain and trainable again."""
+        model: nn.Module = self.tuner.merge_and_unload()
+        model.requires_grad_(True)
+
+
+def add_adapters(model: nn.Module, rank: int, *, alpha: float | None, targets: str, seed: int, where: str) -> Adapters:
+    """Give linears of ``model`` adapters of ``rank``; they alone are trainable then.
 
     ``targets`` is a key of `TARGETS`. A (rank, inputs) is drawn from ``seed``, B (outputs, rank) is zero: at the start
-    the model computes what it did. ``alpha`` over ``rank`` scales their product (default: 2). With ``rank`` 0 nothing
-    happens.
+    the model computes what it did. ``alpha`` over ``rank`` scales their product (default: 2).
 
     Raises:
         ModelError: the rank is not below the sides of the matrices.
         MissingExtraError: peft is not installed.
     """
-    if not rank:
-        yield
-        return
     names = TARGETS[targets]
     _check_rank(model, rank, names, where)
     peft = _import_peft(where)
@@ -48,9 +53,7 @@ def adapted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuner = peft.tuners.lora.LoraModel(model, config, _NAME)
-    yield
-    tuner.merge_and_unload()
-    model.requires_grad_(True)
+    return Adapters(tuner, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def is_adapter(part: nn.Module) -> bool:
