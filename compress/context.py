@@ -29,6 +29,11 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @property
+    def extras(self) -> Mapping[str, str]:
+        """Optional packages that these values need: the extra, and the parameter that asks for it."""
+        return {}
+
 
 @dataclass(frozen=True)
 class StageContext:

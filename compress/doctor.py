@@ -1,7 +1,7 @@
 """What this machine is and what is missing on it: versions, cores, instruction sets, memory, disk, extras.
 
 `machine` gives the facts that a run record and a benchmark's key hold; `versions` those of the packages; `examine`
-adds disk and extras for ``edgestill doctor``. Nothing is imported to learn its version, so that all of this takes
+adds disk and extras for ``edgestill doctor``; `check_extras` refuses parameters whose package is missing. Nothing is imported to learn its version, so that all of this takes
 milliseconds. Knows nothing of profiles.
 """
 
@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from compress.errors import MissingExtraError
 from compress.version import __version__
+
+if TYPE_CHECKING:
+    from compress.context import Params
 
 CORE = (
     "torch",
@@ -62,6 +66,7 @@ INSTRUCTION_SETS = (
 EXTRAS: dict[str, tuple[str, str]] = {
     "ray": ("ray", "spreading data stages over processes and machines with Ray"),
     "gguf": ("gguf", "export for llama.cpp"),
+    "lora": ("peft", "students with adapters"),
     "dev": ("pytest", "tests and checks"),
 }
 
@@ -141,6 +146,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_extras(params: Params, where: str) -> None:
+    """Refuse ``params``, those of the step ``where``, when they need a package that is not installed.
+
+    Raises:
+        MissingExtraError: names the package and how to install it.
+    """
+    for extra, name in params.extras.items():
+        package, _ = EXTRAS[extra]
+        if not _installed(package):
+            raise MissingExtraError(package, extra, f"{where}.{name}")
+
+
+def _installed(package: str) -> bool:
+    return find_spec(package.replace("-", "_")) is not None
+
+
 def _package_findings() -> list[Finding]:
     findings = []
     for package in CORE:
@@ -150,7 +171,7 @@ def _package_findings() -> list[Finding]:
         else:
             findings.append(Finding(package, "missing", "problem", f"pip install {package}"))
     for extra, (package, purpose) in EXTRAS.items():
-        if find_spec(package.replace("-", "_")):
+        if _installed(package):
             findings.append(Finding(f"extra {extra}", f"{package} {version(package) or ''}".strip()))
         else:
             do = f"for {purpose}: pip install 'edgestill[{extra}]'"

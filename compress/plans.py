@@ -268,6 +268,7 @@ class _Builder:
 
     def _check_step(self, where: str, line: Stage, params: Params, inputs: Mapping[str, Node | Outside]) -> None:
         """Refuse now what the stage would refuse in the middle of the run."""
+        doctor.check_extras(params, where)
         before = inputs.get("model")
         changes = line.writes == "model" and ("model" in line.reads or getattr(params, "init", "") == "checkpoint")
         if changes and isinstance(before, Node) and before.stage.stage == "model.quantization":

@@ -246,11 +246,12 @@ def run_stage(request: Request, progress: Progress) -> StageResult:
     """Run ``request`` and leave its output in place, whole or not at all.
 
     Raises:
-        UserError: an input is missing, not wanted or not there, or the output is there already.
+        UserError: an input is missing, not wanted or not there, or the output is there already; a package is missing.
         StoreError: the output cannot be written.
     """
     stage, out = request.stage, request.out
     _missing(stage, request.inputs)
+    doctor.check_extras(request.params, stage.name)
     if "teacher" in stage.uses and request.teacher is None:
         raise UserError("--teacher", f"missing; {stage.name} needs it", "a model folder")
     if out is not None:

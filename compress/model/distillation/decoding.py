@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from compress.model.distillation.logit_map import logit_map
 from compress.model.layers import decoder_layers, linears, output_head
+from compress.model.lora import effective_weight, is_adapter
 
 
 class Decoder:
@@ -95,7 +96,8 @@ class _Layer:
         kinds = getattr(config, "layer_types", None)
         sliding = kinds is not None and kinds[index] == "sliding_attention"
         self.window = int(config.sliding_window) if sliding else None
-        plain = all(type(part).forward is nn.Linear.forward for part in linears(layer).values())
+        parts = linears(layer).values()
+        plain = all(type(part).forward is nn.Linear.forward or is_adapter(part) for part in parts)
         self.joint = _joined(block.q_proj, block.k_proj, block.v_proj) if plain else None
         self.gates = _joined(self.layer.mlp.gate_proj, self.layer.mlp.up_proj) if plain else None
 
@@ -108,7 +110,7 @@ class _Layer:
         entering, mlp = _normed(self.layer.post_attention_layernorm, states), self.layer.mlp
         if self.gates is not None:
             gate, up = functional.linear(entering, *self.gates).chunk(2, dim=-1)
-        else:  # adapters
+        else:  # adapters that are not ours
             gate, up = mlp.gate_proj(entering), mlp.up_proj(entering)
         return states + cast(Tensor, mlp.down_proj(mlp.act_fn(gate) * up))
 
@@ -144,7 +146,7 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
 
 def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return torch.cat([part.weight for part in parts]), bias
+    return torch.cat([effective_weight(part) for part in parts]), bias
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from compress.model.distillation.kernels import (
     rotated,
 )
 from compress.model.layers import linears
+from compress.model.lora import effective_weight, is_adapter
 from compress.model.shapes import SUPPORTED
 
 # Up to here products in blocks beat the fused kernel on a CPU: twice for heads of 8, by a fifth for heads of 64.
@@ -64,8 +65,10 @@ def is_plain(model: nn.Module) -> bool:
         and not getattr(decoder, "gradient_checkpointing", False)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
         and all(
-            type(linear).forward is nn.Linear.forward for layer in decoder.layers for linear in linears(layer).values()
-        )  # no adapters
+            type(linear).forward is nn.Linear.forward or is_adapter(linear)
+            for layer in decoder.layers
+            for linear in linears(layer).values()
+        )
     )
     return plain
 
@@ -108,14 +111,14 @@ def _layer(  # noqa: PLR0917 - a layer, what enters it, and what all layers shar
 
 def _norm_linear(norm: Any, states: Tensor, dtype: torch.dtype, *parts: nn.Linear) -> Tensor:
     """Several linears behind one norm, as one product: (M, all of their outputs) in ``dtype``."""
-    weight = torch.cat([part.weight for part in parts])
+    weight = torch.cat([effective_weight(part) for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     apply = cast(Any, NormLinear.apply)
     return cast(Tensor, apply(states, norm.weight, weight, bias, norm.variance_epsilon, dtype))
 
 
 def _add_linear(states: Tensor, inner: Tensor, part: nn.Linear, dtype: torch.dtype) -> Tensor:
-    return cast(Tensor, cast(Any, AddLinear.apply)(states, inner, part.weight, part.bias, dtype))
+    return cast(Tensor, cast(Any, AddLinear.apply)(states, inner, effective_weight(part), part.bias, dtype))
 
 
 def _attention(block: Any, joint: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

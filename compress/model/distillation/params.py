@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -39,6 +40,20 @@ class LogitsParams(Params):
     hidden: int | None = Field(None, ge=1, description="hidden size (default: the teacher's)")
     multiple_of: int = Field(32, ge=1, le=1024, description="grid of new widths, so that weight groups fit")
     calibration_tokens: int = Field(32_768, ge=1, description="tokens whose activations choose what to cut")
+
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="train adapters of this rank instead of the weights, merged in the end; 0: the weights. Less memory; "
+        "needs the extra lora and a higher learning_rate",
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, le=1e4, description="of lora_rank: adapters count lora_alpha / lora_rank (default: twice the rank)"
+    )
+    lora_targets: Literal["all", "attention", "ffn"] | None = Field(
+        None, description="of lora_rank: which of the layers' linears get an adapter (default: all)"
+    )
 
     epochs: float = Field(3.0, gt=0, le=10_000, description="passes over the rows; a part is allowed")
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
@@ -155,6 +170,10 @@ class LogitsParams(Params):
             raise ValueError("init: checkpoint takes the student as it is: give no sizes and no prune_ratio")
         if self.head_dim is not None and self.init != "scratch":
             raise ValueError("head_dim can be chosen with init: scratch only; cut-down heads keep their size")
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets is not None):
+            raise ValueError("lora_alpha and lora_targets belong to adapters: give lora_rank above 0 too")
+        if self.lora_rank and self.init == "scratch":
+            raise ValueError("lora_rank adapts weights that have learned something: init: scratch has none")
         return self
 
     @model_validator(mode="after")
@@ -216,6 +235,11 @@ class LogitsParams(Params):
             return 0.0
         given: float | None = getattr(self, name)
         return NUMBER_DEFAULTS.get(name) if given is None else given
+
+    @property
+    def extras(self) -> Mapping[str, str]:
+        """Adapters need peft."""
+        return {"lora": "lora_rank"} if self.lora_rank else {}
 
     @property
     def sizes(self) -> dict[str, int]:

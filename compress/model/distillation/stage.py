@@ -31,6 +31,7 @@ from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import TrainReport, threads, train
 from compress.model.distillation.voices import Lesson, heard, targets_of
+from compress.model.lora import Adapters, add_adapters
 from compress.model.shapes import shape_of
 
 
@@ -91,13 +92,12 @@ def distill_from(
     with threads(ctx.threads):
         teacher = load_model(home)
         student, notes = start_student(teacher, learned, params, checkpoint=start, seed=ctx.seed, where=ctx.name)
+        adapters = _adapters(student, params, ctx)  # what does not fit is refused before the teacher is at work
         own = tokenizer if start is None else load_tokenizer(start)
         table = _table(learned, params, ctx, teacher, student, (tokenizer, own))
         if params.divergence == "skew_pair" and table.own is None and source_of is None:
             notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
-        figures: dict[str, Any] = {}
-        if ctx.teacher.folder is not None:
-            figures["parameters_teacher"] = count_parameters(teacher)
+        figures: dict[str, Any] = {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
         lesson = Lesson(table, [row.id for row in rows], tokenizer)
         settings = _settings(params, ctx, teacher, table)
         source = None if source_of is None else source_of(Classroom(ctx, settings, teacher, student, rows, lesson))
@@ -108,7 +108,7 @@ def distill_from(
         with projected(student, teacher, settings.loss, seed=ctx.seed):
             del teacher  # with cached targets this frees its memory before training
             report = train(student, target_fn, table, settings, ctx, log, vocab=table.vocab, source=source)
-    figures |= more | {"parameters": count_parameters(student)}
+    figures |= more | _merged(adapters) | {"parameters": count_parameters(student)}
     metadata = {"stage": ctx.name, "init": params.init, "shape": asdict(shape_of(student.config.to_dict()))}
     save_model(student, ctx.out, tokenizer_from=start or home, metadata=metadata | {"training": _lasting(report)})
     copy_log(log, ctx.out / TRAINING_LOG)
@@ -137,6 +137,24 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     folder = local_folder(ctx.teacher.folder, where=ctx.name, endpoint=True)
     check_folder(folder)
     return folder
+
+
+def _adapters(student: PreTrainedModel, params: LogitsParams, ctx: StageContext) -> Adapters | None:
+    """Adapters on the student, where ``params`` ask for them; see `add_adapters`."""
+    if not params.lora_rank:
+        return None
+    targets = params.lora_targets or "all"
+    return add_adapters(
+        student, params.lora_rank, alpha=params.lora_alpha, targets=targets, seed=ctx.seed, where=ctx.name
+    )
+
+
+def _merged(adapters: Adapters | None) -> dict[str, int]:
+    """Make the student plain again; returns the figure about what was trained of it."""
+    if adapters is None:
+        return {}
+    adapters.merge()
+    return {"parameters_trained": adapters.parameters}
 
 
 def _table(  # noqa: PLR0917 - both models with their tokenizers
