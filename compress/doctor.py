@@ -1,8 +1,8 @@
 """What this machine is and what is missing on it: versions, cores, instruction sets, memory, disk, extras.
 
 `machine` gives the facts that a run record and a benchmark's key hold; `versions` those of the packages; `examine`
-adds disk and extras for ``edgestill doctor``; `check_extras` refuses parameters whose package is missing. Nothing is imported to learn its version, so that all of this takes
-milliseconds. Knows nothing of profiles.
+adds disk and extras for ``edgestill doctor``; `check_extras` refuses parameters whose package is missing. Nothing is
+imported to learn its version, so that all of this takes milliseconds. Knows nothing of profiles.
 """
 
 from __future__ import annotations

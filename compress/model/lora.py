@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2022) on the linears of a model, by peft: put in, trained, merged.
 
-`add_adapters` gives a model adapters to train; `Adapters.merge` makes it the plain model again, with W + scale * B A for
-each W. `effective_weight` is that sum of one linear, for forward passes of our own. Knows nothing of training.
+`add_adapters` gives a model adapters to train; `Adapters.merge` makes it the plain model again, with W + scale * B A
+for each W. `effective_weight` is that sum of one linear, for forward passes of our own. Knows nothing of training.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class LogitsParams(Params):
         0,
         ge=0,
         le=1024,
-        description="train adapters of this rank instead of the weights, merged in the end; 0: the weights. Less memory; "
-        "needs the extra lora and a higher learning_rate",
+        description="train adapters of this rank instead of the weights, merged in the end; 0: the weights. Needs the "
+        "extra lora and a higher learning_rate",
     )
     lora_alpha: float | None = Field(
         None, gt=0, le=1e4, description="of lora_rank: adapters count lora_alpha / lora_rank (default: twice the rank)"

@@ -97,7 +97,7 @@ def distill_from(
         table = _table(learned, params, ctx, teacher, student, (tokenizer, own))
         if params.divergence == "skew_pair" and table.own is None and source_of is None:
             notes.append("no row is the student's own text, where skew_pair is skew_kl: name them by student_source")
-        figures: dict[str, Any] = {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
+        figures: dict[str, Any] = _size_of(teacher, ctx)
         lesson = Lesson(table, [row.id for row in rows], tokenizer)
         settings = _settings(params, ctx, teacher, table)
         source = None if source_of is None else source_of(Classroom(ctx, settings, teacher, student, rows, lesson))
@@ -137,6 +137,12 @@ def _home(ctx: StageContext, start: Path | None) -> Path:
     folder = local_folder(ctx.teacher.folder, where=ctx.name, endpoint=True)
     check_folder(folder)
     return folder
+
+
+def _size_of(teacher: PreTrainedModel, ctx: StageContext) -> dict[str, int]:
+    """The figure of the teacher's size, where the teacher is a model at hand and not the student's own shape."""
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    return {} if ctx.teacher.folder is None else {"parameters_teacher": count_parameters(teacher)}
 
 
 def _adapters(student: PreTrainedModel, params: LogitsParams, ctx: StageContext) -> Adapters | None:
