@@ -6,9 +6,9 @@ MODEL is a plain checkpoint, STORIES a folder with ``train.txt`` and ``valid-sto
 ``<|endoftext|>``. The student is MODEL cut to half its parameters. Every row of a seed has the same start, rows, order,
 steps and learning rate; 1 - kd_weight is 0.1 but for the labels alone. The controls learn from a teacher whose answers
 stand at the wrong positions. "own text" rows see stories and samples of a student of labels alone, half and half.
-"X, time of Y" is X for as many steps as fit into the CPU time of Y. Prints a Markdown table: KL(teacher || student),
-KL(student || teacher) and cross-entropy in nats per token on stories that no row saw, mean and, in brackets, the
-largest less the smallest over the seeds; CPU seconds of training.
+"X, time of Y" is X for as many steps as fit into the CPU time of Y. "LoRA" rows train adapters of that rank at a
+larger rate. Prints a Markdown table: KL(teacher || student), KL(student || teacher) and cross-entropy in nats per token
+on stories that no row saw, mean and, in brackets, the largest less the smallest over the seeds; CPU seconds.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ from compress.model.distillation.settings import TrainSettings
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import OnlineTargets
 from compress.model.distillation.trainer import train
+from compress.model.lora import add_adapters
 from compress.progress import Progress
 
 TOKENS, ROWS, HELD, SAMPLES = 128, 1500, 160, 400
 KD = LossWeights(0.9)
+LORA_RATE = 1e-2  # adapters start from zero and need larger steps
 LOSSES: dict[str, LossWeights] = {
     "labels alone (CE)": LossWeights(0.0),
     "forward_kl": KD,
@@ -61,6 +63,9 @@ LOSSES: dict[str, LossWeights] = {
     "own text: skew_kl, 0.1": dataclasses.replace(KD, divergence="skew_kl", number=0.1),
     "own text: skew_reverse_kl, 0.1": dataclasses.replace(KD, divergence="skew_reverse_kl", number=0.1),
     "own text: skew_pair, 0.1": dataclasses.replace(KD, divergence="skew_pair", number=0.1),
+    "LoRA 4: forward_kl": KD,
+    "LoRA 8: forward_kl": KD,
+    "shuffled: LoRA 8: forward_kl": KD,
     "shuffled: forward_kl": KD,
     "shuffled: jsd, beta 0.5": dataclasses.replace(KD, divergence="jsd", number=0.5),
     "shuffled: hidden 0.3, no logits": LossWeights(0.0, hidden_weight=0.3),
@@ -122,12 +127,15 @@ class Study:
         if name.startswith("own text"):
             rows = [*self.rows[: len(self.samples)], *self.samples]
             own = frozenset(row.id for row in self.samples)
-        student = copy.deepcopy(self.start)
+        student, adapters = copy.deepcopy(self.start), None
+        if "LoRA" in name:
+            rank = int(name.partition("LoRA ")[2].partition(":")[0])
+            adapters = add_adapters(student, rank, alpha=None, targets="all", seed=self.seed, where="benchmark")
         settings = TrainSettings(
             loss=loss,
             steps=steps,
             batch_tokens=self.given.batch_tokens,
-            learning_rate=3e-3,
+            learning_rate=LORA_RATE if adapters else 3e-3,
             validation_share=0.0,
             keep="last",
             precision="fp32",
@@ -144,6 +152,8 @@ class Study:
             ctx = StageContext("benchmark", {}, Path(folder), Path(folder), self.seed, Progress(quiet=True), threads=1)
             train(student, targets, table, settings, ctx, Path(folder) / "log.jsonl", vocab=self.vocab)
         seconds = time.process_time() - began
+        if adapters is not None:
+            adapters.merge()
         if name == "labels alone (CE)" and not self.samples:
             self.samples = sampled(student, self.tokenizer.bos_token_id, self.seed)
         return *self.measure(student), seconds

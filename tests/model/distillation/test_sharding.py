@@ -197,7 +197,7 @@ def test_other_ways_of_training_are_refused_before_a_process_starts(context, mor
 REFUSED = [
     ("model.distillation.logits", {"optimizer": "muon"}, r"hardware\.sharding: full with optimizer: muon"),
     ("model.distillation.gkd", {}, r"hardware\.sharding: full with text that the student writes"),
-    ("model.distillation.cross_tokenizer", {}, r"hardware\.sharding: full with tokens of two kinds"),
+    ("model.distillation.cross_tokenizer", {"loss": "alm"}, r"hardware\.sharding: full with loss: alm"),
     ("model.distillation.classifier", {}, r"hardware\.sharding: full with a loss on classes"),
     ("model.quantization.qat", {}, r"hardware\.sharding: full with quantizers inside"),
 ]

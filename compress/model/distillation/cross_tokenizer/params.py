@@ -34,7 +34,7 @@ class CrossTokenizerParams(Params):
     hidden: int | None = Field(None, ge=1, description="hidden size (default: the teacher's)")
 
     loss: Literal["spelled", "alm", "gold", "uld"] = Field(
-        "alm",
+        "spelled",
         description="spelled: the teacher's next token, summed up to what the student's next token may be, for a "
         "student whose tokens are pieces of the teacher's, such as bytes; alm: likelihoods of chunks that spell the "
         "same bytes; gold: distributions where such chunks begin, common tokens by KL, the rest sorted; uld: sorted "

@@ -82,8 +82,9 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    check_sharding(ctx.sharding, other="tokens of two kinds")
-    check_alone(ctx.processes, ctx.name, "tokens of two kinds")
+    other = "" if params.loss == "spelled" else f"loss: {params.loss}"
+    check_sharding(ctx.sharding, train_settings(params, ctx.seed), other=other)
+    check_alone(ctx.processes, ctx.name, other)
     folder, home = local_folder(ctx.teacher.folder, where=ctx.name), _student_folder(params, ctx)
     check_folder(folder)
     ours, theirs = _sides(params, ctx, folder, home)

@@ -19,7 +19,6 @@ from compress.model.distillation.cross_tokenizer.stage import distill
 from compress.model.distillation.cross_tokenizer.symbols import END, UNKNOWN, Vocabulary, vocabulary
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.targets import OnlineTargets
-from tests.model.distillation.conftest import files
 from tests.model.distillation.cross_tokenizer import tokenizers_here as made
 from tests.model.distillation.cross_tokenizer.test_stage import place, ready, scratch  # noqa: F401 - fixtures
 
@@ -194,15 +193,6 @@ def test_several_processes_give_the_loss_of_one(ready, scratch):  # noqa: F811
     params = CrossTokenizerParams(**scratch, loss="spelled", precision="fp32")
     one, two = (distill(params, ready(str(count), processes=count)) for count in (1, 2))
     assert two.metrics["validation_loss"] == pytest.approx(one.metrics["validation_loss"], rel=1e-5)
-
-
-def test_same_bytes_again(ready, scratch):  # noqa: F811
-    made_files = []
-    for name in ("a", "b"):
-        ctx = ready(name)
-        distill(CrossTokenizerParams(**scratch, loss="spelled"), ctx)
-        made_files.append(files(ctx.out))
-    assert made_files[0] == made_files[1]
 
 
 def test_a_teacher_whose_tokens_hold_none_of_the_students_is_refused(ready, scratch, monkeypatch):  # noqa: F811

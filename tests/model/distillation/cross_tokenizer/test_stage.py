@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from compress.encoding import load_tokenizer, token_rows
 from compress.errors import DataError, ModelError
 from compress.model.checkpoint import check_folder, load_model, save_model
+from compress.model.distillation.cache import TargetCache
 from compress.model.distillation.cross_tokenizer import stage as module
 from compress.model.distillation.cross_tokenizer.cache import ChunkCache
 from compress.model.distillation.cross_tokenizer.model import CrossLoss, CrossTokenizerModel
@@ -89,8 +90,9 @@ def test_student_opens_plainly_with_its_own_tokenizer_and_has_learned(ready, scr
     assert json.loads(json.dumps(result.metrics)) == result.metrics
 
 
-def test_same_inputs_give_the_same_bytes_cached_or_resumed(ready, scratch, monkeypatch):
-    params = CrossTokenizerParams(**scratch)
+@pytest.mark.parametrize(("loss", "cache"), [("spelled", TargetCache), ("alm", ChunkCache)])
+def test_same_inputs_give_the_same_bytes_cached_or_resumed(ready, scratch, monkeypatch, loss, cache):
+    params = CrossTokenizerParams(**scratch, loss=loss)
     made_files = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         ctx = ready(name, seed=seed)
@@ -113,7 +115,7 @@ def test_same_inputs_give_the_same_bytes_cached_or_resumed(ready, scratch, monke
     shutil.rmtree(ctx.out)
     ctx.out.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(ChunkCache, "append", dying)  # the teacher is not asked again
+        patch.setattr(cache, "append", dying)  # the teacher is not asked again
         assert distill(params, ctx).metrics["resumed_from"] == 6
     assert files(ctx.out) == made_files[0]
 
@@ -136,7 +138,7 @@ def equal_tokenizers(place, **more):
     """Both sides with the teacher's tokenizer: model, batch, targets and the plain pair of loss and targets."""
     teacher = load_model(place / "teacher")
     tokenizer = load_tokenizer(place / "teacher")
-    params = CrossTokenizerParams(targets="online", **more)
+    params = CrossTokenizerParams(**{"targets": "online", "loss": "alm"} | more)
     words = module.vocabulary(tokenizer, where="w")
     rows = token_rows(place / "data", tokenizer, max_tokens=512)
     pairs = module.Pairs(rows, rows, (words, words), where="w")
@@ -260,7 +262,7 @@ def test_a_teacher_that_is_no_local_model_is_refused(ready, scratch):
         ({"layers": 2}, "takes the student as it is"),
         ({"loss": "dskd"}, "Input should be 'spelled', 'alm', 'gold' or 'uld'"),
         ({"alm_temperature": 0.0}, "greater than 0"),
-        ({"top_k": 3}, "top_k belongs to loss spelled; got loss alm"),
+        ({"top_k": 3, "loss": "alm"}, "top_k belongs to loss spelled; got loss alm"),
     ],
 )
 def test_params_refuse_nonsense(given, message):
