@@ -111,13 +111,13 @@ class DivergenceGuard:
 def check_learned(where: str, *, loss: float, start: float, guards: Iterable[DivergenceGuard], advice: str) -> None:
     """Judge a held-out loss that, half of the run done, was never below the ``start``; ``advice`` ends the message.
 
-    Well above it (by a fifth and 0.1 nats) while the training loss, too, is above its first value: such a run destroys
+    Well above it (by a fifth and 0.25 nats) while the training loss, too, is above its first value: such a run destroys
     its student, however flat its curve is by then. Where the training loss has fallen, it learns the rows by heart.
 
     Raises:
         TrainingError: as said.
     """
-    if loss > 1.2 * start + 0.1 and all(guard.smooth > guard.first for guard in guards):
+    if loss > 1.2 * start + 0.25 and all(guard.smooth > guard.first for guard in guards):
         what = f"the held-out loss is {loss:.4f}, and never was below the {start:.4f} of the start: nothing is learned"
         raise TrainingError(where, what, do=advice)
 
