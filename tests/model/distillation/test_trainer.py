@@ -245,6 +245,19 @@ def test_checkpoint_of_another_run_is_left_aside(context, caplog, change):
     assert "is of another run" in caplog.text
 
 
+def test_a_checkpoint_over_other_frozen_weights_is_left_aside(context, caplog):
+    ctx = context()
+    for change in (0.0, 0.1):
+        student = tiny_model(seed=1)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("mlp" in name)
+        with torch.no_grad():
+            student.model.layers[0].self_attn.q_proj.weight += change
+        report = train(student, teacher(), ROWS, make(), ctx, ctx.work / "log.jsonl")
+        assert report.resumed_from == 0
+    assert "is of another run" in caplog.text
+
+
 def test_damaged_checkpoint_is_left_aside(context, caplog):
     ctx = context()
     unbroken, _ = run(ctx, make(), teacher())
