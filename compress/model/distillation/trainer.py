@@ -472,7 +472,7 @@ class _Run:
         """What a checkpoint must agree on: settings, rows, and the student as it was handed over."""
         digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
         digest.update(f"{vocab} {self.table.fingerprint()}{self.source.fingerprint}".encode())
-        for name, parameter in self.student.named_parameters():  # those that stay as they are too: adapters stand on them
+        for name, parameter in self.student.named_parameters():  # frozen ones too: adapters stand on them
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()
