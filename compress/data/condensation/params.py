@@ -48,7 +48,12 @@ class SelfDistillationParams(Params):
     )
     pattern: str = Field(default="", description="for check: pattern, a regular expression; its first group counts")
     max_new_tokens: int = Field(default=256, ge=1, description="longest rewrite; one that does not end is not taken")
-    temperature: float = Field(default=0.0, ge=0.0, le=5.0, description="of the rewrites; 0: greedy")
+    temperature: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=5.0,
+        description="of the rewrites; 0: greedy, which narrows students of free text: 1 there",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
