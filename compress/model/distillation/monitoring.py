@@ -85,7 +85,7 @@ class DivergenceGuard:
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from `state`."""
         self.smooth, self.lowest, self.seen = state["smooth"], state["lowest"], int(state["seen"])
-        self.first = state["first"]
+        self.first = state.get("first", state["smooth"])  # older checkpoints lack it
 
     def check(self, step: int, loss: float, gradient: float, advice: str) -> None:
         """Judge a step by its loss per position and the norm of its gradient; ``advice`` ends the message.

@@ -91,6 +91,10 @@ def save_tensors(
         with suppress(OSError):
             temporary.unlink()
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
+    except BaseException:  # another process died while a tensor was gathered, or Ctrl-C
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _write(
@@ -128,8 +132,8 @@ def open_tensors(path: Path) -> SavedTensors | None:
 
 
 def _outline(piece: Any) -> Tensor:
-    kind = next(kind for kind, name in _KINDS.items() if name == piece.get_dtype())
-    return torch.empty(piece.get_shape(), dtype=kind, device="meta")
+    kinds = {name: kind for kind, name in _KINDS.items()}  # another format is a KeyError, as in any foreign file
+    return torch.empty(piece.get_shape(), dtype=kinds[piece.get_dtype()], device="meta")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

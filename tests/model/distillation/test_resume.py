@@ -67,3 +67,16 @@ def test_a_file_cut_short_is_left_aside_and_one_that_cannot_be_written_leaves_th
     path.write_bytes(before[:-3])
     assert open_tensors(path) is None
     assert read_tensors(tmp_path / "absent") is None
+
+
+def test_what_breaks_off_leaves_nothing_and_foreign_formats_are_left_aside(tmp_path, caplog):
+    def lost(tensor):
+        raise RuntimeError("a process died")
+
+    with pytest.raises(RuntimeError, match="a process died"):
+        save_tensors(tmp_path / "lost", tensors(), VALUES, whole=lost)
+    assert list(tmp_path.iterdir()) == []
+    foreign = tmp_path / "foreign"
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, foreign, {"values": "{}"})
+    assert open_tensors(foreign) is None
+    assert "is damaged and left aside" in caplog.text

@@ -366,6 +366,9 @@ def test_a_rise_is_let_pass_where_it_is_small_or_the_rows_are_learned_by_heart()
         fresh = DivergenceGuard("run")
         fresh.restore(guards[name].state())
         assert fresh.state() == guards[name].state()
+        older = {key: value for key, value in guards[name].state().items() if key != "first"}
+        fresh.restore(older)
+        assert fresh.first == fresh.smooth
     check_learned("run", loss=9.0, start=2.0, guards=[guards["fallen"]], advice="advice")
     check_learned("run", loss=9.0, start=2.0, guards=guards.values(), advice="advice")
     check_learned("run", loss=2.6, start=2.0, guards=[guards["risen"]], advice="advice")

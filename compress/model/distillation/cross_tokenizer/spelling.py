@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.encoding import TokenRow
+from compress.errors import ModelError
 from compress.model.distillation.cross_tokenizer.alignment import Numbers
 from compress.model.distillation.cross_tokenizer.pairs import Pairs
 from compress.model.distillation.cross_tokenizer.symbols import UNKNOWN, Symbols, Vocabulary, usual_tokens
@@ -206,7 +207,7 @@ class SpelledTargets:
     vocab: int
 
     def narrow(self, start: int, stop: int) -> Dense:
-        """Targets ``start`` to ``stop``, as `Dense`."""
+        """Targets ``start`` to ``stop``, as `Dense`; raises ModelError where the teacher gives NaN."""
         labels = self.labels[start:stop]
         found = torch.nn.functional.one_hot(labels, self.vocab).to(torch.float32)
         place, end = torch.searchsorted(self.asked.student, torch.tensor([start, stop], device=labels.device)).tolist()
@@ -217,6 +218,8 @@ class SpelledTargets:
             inside = slice(place, upto)
             owner = self.asked.owner[inside]
             said = self.states.narrow(slot, int(owner[-1]) + 1).logprobs
+            if bool(torch.isnan(said[:, 0]).any()):  # one NaN or infinite logit makes its whole row NaN
+                raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
             mass = next_tokens(said, owner - slot, self.asked.piece[inside], self.pieces, self.vocab)
             known = mass.sum(dim=1) > 0.5  # zeros where nothing is left of the teacher's word
             found[self.asked.student[inside][known] - start] = mass[known]

@@ -105,7 +105,7 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
     metadata = {"stage": ctx.name, "init": params.init, "loss": params.loss, "shape": shape}
     save_model(student, ctx.out, tokenizer_from=home, metadata=metadata | {"training": _told(report, lasting=True)})
     copy_log(log, ctx.out / TRAINING_LOG)
-    return StageResult(metrics=figures | _told(report) | metadata, notes=_notes(pairs.figures) + report.notes)
+    return StageResult(metrics=figures | _told(report) | metadata, notes=_notes(figures) + report.notes)
 
 
 def train_settings(params: CrossTokenizerParams, seed: int) -> TrainSettings:
@@ -323,5 +323,10 @@ def _notes(figures: Mapping[str, Any]) -> list[str]:
     if figures["aligned_share"] < 0.9:
         notes.append(
             f"only {figures['aligned_share']:.0%} of the answers' bytes are aligned between teacher and student"
+        )
+    if figures.get("spelled_share", 1.0) < 0.9:
+        notes.append(
+            f"the teacher can be spelled at {figures['spelled_share']:.0%} of the student's tokens, and the others "
+            "train on their labels alone; loss: alm also compares longer chunks"
         )
     return notes

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.encoding import load_tokenizer
-from compress.errors import DataError
+from compress.errors import DataError, ModelError
 from compress.model.checkpoint import load_model
 from compress.model.distillation.cross_tokenizer import stage as module
 from compress.model.distillation.cross_tokenizer.pairs import Pairs, read_pairs
@@ -193,6 +193,29 @@ def test_several_processes_give_the_loss_of_one(ready, scratch):  # noqa: F811
     params = CrossTokenizerParams(**scratch, loss="spelled", precision="fp32")
     one, two = (distill(params, ready(str(count), processes=count)) for count in (1, 2))
     assert two.metrics["validation_loss"] == pytest.approx(one.metrics["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["online", "cache"])
+def test_a_teacher_that_gives_nan_is_not_taken_for_the_labels(ready, scratch, monkeypatch, targets):  # noqa: F811
+    def broken(*given, **more):
+        model = load_model(*given, **more)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[5] = torch.nan
+        return model
+
+    monkeypatch.setattr(module, "load_model", broken)
+    with pytest.raises(ModelError, match="its log-probabilities are not finite"):
+        distill(CrossTokenizerParams(**scratch, loss="spelled", targets=targets), ready())
+
+
+def test_a_student_of_longer_tokens_is_told_of_its_labels(ready, scratch, place):  # noqa: F811
+    made.save(made.byte_level(300), place / "long")
+    result = distill(CrossTokenizerParams(**(scratch | {"tokenizer": str(place / "long")})), ready())
+    told = any("the teacher can be spelled at" in note for note in result.notes)
+    assert told == (result.metrics["spelled_share"] < 0.9)
+    low = module._notes({"rows_without_chunks": 0, "aligned_share": 1.0, "spelled_share": 0.4})
+    assert low == [note for note in low if "spelled at 40%" in note]
+    assert len(low) == 1
 
 
 def test_a_teacher_whose_tokens_hold_none_of_the_students_is_refused(ready, scratch, monkeypatch):  # noqa: F811
