@@ -61,6 +61,11 @@ def is_adapter(part: nn.Module) -> bool:
     return list(getattr(part, "lora_A", ())) == [_NAME] and type(cast(Any, part).base_layer) is nn.Linear
 
 
+def is_product(part: nn.Module) -> bool:
+    """Whether ``part`` multiplies by its `effective_weight` and does nothing else but add its bias."""
+    return type(part).forward is nn.Linear.forward or is_adapter(part)
+
+
 def effective_weight(part: nn.Module) -> Tensor:
     """What a linear multiplies by, (outputs, inputs): its weight, and scale * B A where it has an adapter."""
     weight: Tensor = cast(Any, part).weight

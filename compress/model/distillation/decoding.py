@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from compress.model.distillation.logit_map import logit_map
 from compress.model.layers import decoder_layers, linears, output_head
-from compress.model.lora import effective_weight, is_adapter
+from compress.model.lora import effective_weight, is_product
 
 
 class Decoder:
@@ -96,8 +96,7 @@ class _Layer:
         kinds = getattr(config, "layer_types", None)
         sliding = kinds is not None and kinds[index] == "sliding_attention"
         self.window = int(config.sliding_window) if sliding else None
-        parts = linears(layer).values()
-        plain = all(type(part).forward is nn.Linear.forward or is_adapter(part) for part in parts)
+        plain = all(is_product(part) for part in linears(layer).values())
         self.joint = _joined(block.q_proj, block.k_proj, block.v_proj) if plain else None
         self.gates = _joined(self.layer.mlp.gate_proj, self.layer.mlp.up_proj) if plain else None
 

@@ -28,7 +28,7 @@ from compress.model.distillation.kernels import (
     rotated,
 )
 from compress.model.layers import linears
-from compress.model.lora import effective_weight, is_adapter
+from compress.model.lora import effective_weight, is_product
 from compress.model.shapes import SUPPORTED
 
 # Up to here products in blocks beat the fused kernel on a CPU: twice for heads of 8, by a fifth for heads of 64.
@@ -64,11 +64,7 @@ def is_plain(model: nn.Module) -> bool:
         and config.hidden_act in ("silu", "swish")
         and not getattr(decoder, "gradient_checkpointing", False)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
-        and all(
-            type(linear).forward is nn.Linear.forward or is_adapter(linear)
-            for layer in decoder.layers
-            for linear in linears(layer).values()
-        )
+        and all(is_product(linear) for layer in decoder.layers for linear in linears(layer).values())
     )
     return plain
 

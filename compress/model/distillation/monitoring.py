@@ -96,9 +96,11 @@ class DivergenceGuard:
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {gradient}"
             raise TrainingError(f"{self.where}: step {step}", what, do=advice)
-        self.smooth = loss if not self.seen else self.smoothing * self.smooth + (1 - self.smoothing) * loss
-        self.first = self.first if self.seen else loss
-        self.lowest = self.smooth if not self.seen else min(self.lowest, self.smooth)
+        if not self.seen:
+            self.first = self.smooth = self.lowest = loss
+        else:
+            self.smooth = self.smoothing * self.smooth + (1 - self.smoothing) * loss
+            self.lowest = min(self.lowest, self.smooth)
         self.seen += 1
         if self.smooth > self.factor * self.lowest + self.slack:
             raise TrainingError(

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch import Tensor
 from compress.errors import DataError, ModelError
 
 Indices = npt.NDArray[np.int64]
+Record = TypeVar("Record")
 WINDOW = 64  # batches whose rows are sorted together: 2 % padding on chats of 20 to 80 tokens, and still well mixed
 
 
@@ -67,6 +68,24 @@ class Batch:
             return self
         ids, keep, labels = (tensor.to(device) for tensor in (self.input_ids, self.keep, self.labels))
         return Batch(ids, keep, labels, self.rows, self.counts, self.tokens, self.own)
+
+
+def moved(record: Record, device: torch.device) -> Record:
+    """A dataclass of tensors alone, on ``device``."""
+    if device.type == "cpu":
+        return record
+    return type(record)(*(getattr(record, field.name).to(device) for field in fields(cast(Any, record))))
+
+
+def entries(starts: Indices, rows: Indices) -> tuple[Indices, Indices]:
+    """Of flat entries, those of row r being ``starts[r]`` to ``starts[r + 1]``, the ones of ``rows``, in their order.
+
+    Returns, for each, its row's place in ``rows``, and where it stands.
+    """
+    counts = starts[rows + 1] - starts[rows]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    first = np.cumsum(counts) - counts
+    return owner, np.arange(len(owner)) - first[owner] + starts[rows][owner]
 
 
 class RowTable:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compress.errors import UserError
 from compress.model.distillation.losses import LossParts
-from compress.model.distillation.parallel import Team
+from compress.model.distillation.parallel import Team, check_alone
 from compress.model.distillation.settings import TrainSettings, training_device
 from compress.model.layers import decoder_layers, linears
+
+if TYPE_CHECKING:
+    from compress.context import StageContext
 
 KEY = "hardware.sharding"
 
@@ -55,6 +58,18 @@ def check_sharding(
     ):
         if there:
             raise UserError(KEY, f"full with {got}", allowed, "Set sharding: none, or change the step")
+
+
+def check_hardware(
+    ctx: StageContext, settings: TrainSettings | None = None, *, student: nn.Module | None = None, other: str = ""
+) -> None:
+    """Refuse what several processes, or parts of weights, cannot do; the arguments are those of `check_sharding`.
+
+    Raises:
+        UserError: as `check_sharding` and `check_alone`.
+    """
+    check_sharding(ctx.sharding, settings, student=student, other=other)
+    check_alone(ctx.processes, ctx.name, other)
 
 
 def check_team(team: Team) -> None:

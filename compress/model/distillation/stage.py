@@ -22,10 +22,10 @@ from compress.model.distillation.features import feature_targets, projected
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
-from compress.model.distillation.parallel import OWN_TEXT, check_alone
+from compress.model.distillation.parallel import OWN_TEXT
 from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.settings import TrainSettings
-from compress.model.distillation.sharding import check_sharding
+from compress.model.distillation.sharding import check_hardware
 from compress.model.distillation.sources import BatchSource
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import TargetFn, check_rows_fit, local_folder, shared_vocabulary
@@ -79,7 +79,7 @@ def distill_from(
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    _check_hardware(params, ctx, "" if source_of is None else OWN_TEXT)
+    check_hardware(ctx, train_settings(params, ctx.seed, 0.0), other="" if source_of is None else OWN_TEXT)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     if start is not None:
         check_folder(start)
@@ -117,12 +117,6 @@ def distill_from(
         made, said = source.report()
         figures, notes = figures | made, notes + said
     return StageResult(metrics=figures | asdict(report) | metadata, notes=notes)
-
-
-def _check_hardware(params: LogitsParams, ctx: StageContext, other: str) -> None:
-    """Refuse several processes where one alone can do it, before anything is loaded; ``other`` as `check_sharding`."""
-    check_sharding(ctx.sharding, train_settings(params, ctx.seed, 0.0), other=other)
-    check_alone(ctx.processes, ctx.name, other)
 
 
 def _home(ctx: StageContext, start: Path | None) -> Path:

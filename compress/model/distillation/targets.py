@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -23,7 +23,7 @@ from compress.model.distillation.cache import CacheHeader, CodecName, Coded, Tar
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import Dense, States, Targets
-from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.distillation.packing import Batch, Indices, RowTable, cut, moved
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.sampled import Drawn
 from compress.model.distillation.settings import Precision, choose_bf16
@@ -119,11 +119,7 @@ class CachedTargets:
     def __call__(self, batch: Batch) -> Targets:
         before = torch.cumsum(batch.counts, 0) - batch.counts  # targets of the batch before each row
         shift = torch.repeat_interleave(self.first[batch.rows] - before, batch.counts)
-        found = self.cache.take(shift + torch.arange(len(shift)))
-        device = batch.labels.device
-        if device.type == "cpu":
-            return found
-        return type(found)(*(getattr(found, field.name).to(device) for field in fields(found)))
+        return moved(self.cache.take(shift + torch.arange(len(shift))), batch.labels.device)
 
 
 def teacher_targets(

@@ -42,9 +42,9 @@ from compress.model.distillation.losses import LossParts, LossWeights, Marks, Ta
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog, check_learned
 from compress.model.distillation.optimizers import make_optimizer
 from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
-from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, check_alone, told
+from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, told
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
-from compress.model.distillation.sharding import Shards, check_sharding, check_team, parts, skeleton, whole
+from compress.model.distillation.sharding import Shards, check_hardware, check_team, parts, skeleton, whole
 from compress.model.distillation.snapshots import Snapshots
 from compress.model.distillation.sources import BatchSource, LossFn, Piece, RowSource
 from compress.model.distillation.targets import TargetFn
@@ -173,8 +173,7 @@ def train(  # noqa: PLR0917 - six things, each of its own type
     if target_fn is None and settings.loss.wants_teacher:
         raise ModelError(ctx.name, f"kd_weight {settings.loss.kd_weight} without a teacher", "a teacher, or 0")
     other = OWN_TEXT if source is not None else "a loss of its own kind" if loss_module is not None else ""
-    check_sharding(ctx.sharding, settings, student=student, other=other)
-    check_alone(ctx.processes, ctx.name, other)
+    check_hardware(ctx, settings, student=student, other=other)
     vocab = _ids_in_use(student, vocab, where=ctx.name)
     table = rows if isinstance(rows, RowTable) else RowTable(rows, vocab=vocab, where=ctx.name)
     with assembled(ctx.processes, ctx.name) as team:
@@ -476,11 +475,6 @@ class _Run:
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """Where the checkpoint is."""
-        return self.snapshots.checkpoint_path
 
     def _checkpoint_due(self, saved_at: float) -> bool:
         steps = self.settings.checkpoint_every_steps

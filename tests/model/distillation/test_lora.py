@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from compress.model.distillation.stage import distill
 from compress.model.layers import ATTENTION, LINEARS, MLP, decoder_layers, linears
 from compress.model.lora import add_adapters, effective_weight, is_adapter
 from compress.stages import find, load_function
-from tests.model.distillation.conftest import files
+from tests.model.distillation.conftest import files, killed_while_saving
 from tests.model.distillation.test_stage import QUICK, place, ready  # noqa: F401 - fixtures
 from tests.tiny import VOCAB, tiny_model
 
@@ -133,23 +132,12 @@ def test_rank_0_gives_the_bytes_of_a_run_without_adapters(ready):  # noqa: F811
     assert made[0] == made[1]
 
 
-def test_killed_and_resumed_ends_with_the_same_bytes(ready, monkeypatch):  # noqa: F811
+def test_killed_and_resumed_ends_with_the_same_bytes(ready):  # noqa: F811
     whole = ready("whole")
     distill(LogitsParams(**LORA), whole)
 
-    class Killed(Exception):
-        pass
-
-    def dying(*_, **__):
-        raise Killed("killed")
-
     ctx = ready("cut")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_model", dying)
-        with pytest.raises(Killed, match="killed"):
-            distill(LogitsParams(**LORA), ctx)
-    shutil.rmtree(ctx.out)
-    ctx.out.mkdir()
+    killed_while_saving(module, lambda ctx: distill(LogitsParams(**LORA), ctx), ctx)
     assert distill(LogitsParams(**LORA), ctx).metrics["resumed_from"] == 6
     assert files(ctx.out) == files(whole.out)
     held = ctx.work / "training.checkpoint.safetensors"

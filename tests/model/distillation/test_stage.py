@@ -22,7 +22,7 @@ from compress.model.distillation.params import LogitsParams
 from compress.model.distillation.stage import distill
 from compress.stages import STAGES, load_function, params_model
 from compress.teachers import open_teacher
-from tests.model.distillation.conftest import files
+from tests.model.distillation.conftest import Killed, dying, files
 from tests.tiny import tiny_checkpoint, tiny_conversations, tiny_model
 
 QUICK = {"steps": 6, "batch_tokens": 512, "top_k": 16, "validations": 2, "learning_rate": 3e-3}
@@ -97,10 +97,6 @@ def test_same_inputs_give_the_same_bytes_and_another_seed_others(ready):
     assert made[0]["model.safetensors"] != made[2]["model.safetensors"]
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("where", ["targets", "training", "saving"])
 def test_interrupted_stage_goes_on_to_the_same_bytes(ready, monkeypatch, where):
     monkeypatch.setattr(targets_module, "SHARD_POSITIONS", 200)
@@ -112,13 +108,13 @@ def test_interrupted_stage_goes_on_to_the_same_bytes(ready, monkeypatch, where):
         if where == "targets":
             original, calls = targets_module.TargetCache.append, []
 
-            def dying(self, *args):
+            def stopping(self, *args):
                 calls.append(1)
                 if len(calls) == 3:
                     raise Killed("killed")
                 original(self, *args)
 
-            patch.setattr(targets_module.TargetCache, "append", dying)
+            patch.setattr(targets_module.TargetCache, "append", stopping)
         elif where == "training":
             taken = targets_module.CachedTargets.__call__
             seen = []
@@ -131,11 +127,7 @@ def test_interrupted_stage_goes_on_to_the_same_bytes(ready, monkeypatch, where):
 
             patch.setattr(targets_module.CachedTargets, "__call__", failing)
         else:
-
-            def refusing(*_, **__):
-                raise Killed("killed")
-
-            patch.setattr(module, "save_model", refusing)
+            patch.setattr(module, "save_model", dying)
         with pytest.raises(Killed, match="killed"):
             distill(params, ctx)
     shutil.rmtree(ctx.out)

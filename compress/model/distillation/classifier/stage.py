@@ -28,9 +28,8 @@ from compress.model.distillation.classifier.teacher import Taught, Teacher, teac
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable, split_rows
-from compress.model.distillation.parallel import check_alone
 from compress.model.distillation.settings import TrainSettings, training_device
-from compress.model.distillation.sharding import check_sharding
+from compress.model.distillation.sharding import check_hardware
 from compress.model.distillation.students import start_student
 from compress.model.distillation.targets import check_rows_fit, local_folder, shared_vocabulary
 from compress.model.distillation.trainer import threads, train
@@ -63,8 +62,7 @@ def distill(params: ClassifierParams, ctx: StageContext) -> StageResult:
         TrainingError: the loss is NaN or diverges.
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    check_sharding(ctx.sharding, other="a loss on classes")
-    check_alone(ctx.processes, ctx.name, "a loss on classes")
+    check_hardware(ctx, other="a loss on classes")
     home = local_folder(ctx.teacher.folder, where=ctx.name)
     start = ctx.inputs.get("model") if params.init == "checkpoint" else None
     for folder in (home, start):

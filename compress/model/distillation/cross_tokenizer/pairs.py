@@ -22,7 +22,7 @@ from compress.encoding import TokenRow, token_rows
 from compress.errors import DataError, UserError
 from compress.model.distillation.cross_tokenizer.alignment import Alignment, Numbers, align
 from compress.model.distillation.cross_tokenizer.symbols import END, Vocabulary
-from compress.model.distillation.packing import Indices, RowTable
+from compress.model.distillation.packing import Indices, RowTable, entries
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +147,7 @@ class Pairs:
 
     def batch(self, rows: Indices) -> Chunks:
         """The chunks of ``rows``, in their order."""
-        counts = self.starts[rows + 1] - self.starts[rows]
-        owner = np.repeat(np.arange(len(rows)), counts)  # place of the row in the batch
-        first = np.cumsum(counts) - counts
-        source = np.arange(len(owner)) - first[owner] + self.starts[rows][owner]
+        owner, source = entries(self.starts, rows)
         local = self.chunks[source]
         shift = [np.cumsum(total) - total for total in (self.ours[rows], self.theirs[rows])]
         ours, theirs = local[:, :2] + shift[0][owner, None], local[:, 2:] + shift[1][owner, None]

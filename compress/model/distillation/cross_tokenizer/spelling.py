@@ -26,7 +26,7 @@ from compress.model.distillation.cross_tokenizer.alignment import Numbers
 from compress.model.distillation.cross_tokenizer.pairs import Pairs
 from compress.model.distillation.cross_tokenizer.symbols import UNKNOWN, Symbols, Vocabulary, usual_tokens
 from compress.model.distillation.losses import CHUNK_ELEMENTS, Dense, States
-from compress.model.distillation.packing import Batch, Indices, RowTable
+from compress.model.distillation.packing import Batch, Indices, RowTable, entries, moved
 from compress.model.distillation.targets import OnlineTargets
 
 
@@ -42,10 +42,6 @@ class Pieces:
     teacher: Tensor
     student: Tensor
 
-    def to(self, device: torch.device) -> Pieces:
-        """The same on ``device``."""
-        return Pieces(*(getattr(self, name).to(device) for name in Pieces.__slots__))
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -58,10 +54,6 @@ class Asked:
     owner: Tensor
     piece: Tensor
     slots: Tensor
-
-    def to(self, device: torch.device) -> Asked:
-        """The same on ``device``."""
-        return Asked(*(getattr(self, name).to(device) for name in Asked.__slots__))
 
 
 class Spelling:
@@ -154,9 +146,7 @@ class Places:
 
     def batch(self, rows: Indices) -> Asked:
         """The places of ``rows``, in their order."""
-        counts = self.starts[rows + 1] - self.starts[rows]
-        owner = np.repeat(np.arange(len(rows)), counts)
-        source = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner] + self.starts[rows][owner]
+        owner, source = entries(self.starts, rows)
         shift = [np.cumsum(total) - total for total in (self.ours[rows], self.theirs[rows])]
         local = self.places[source]
         slots, of = np.unique(local[:, 1] + shift[0][owner], return_inverse=True)
@@ -242,6 +232,6 @@ class SpelledTeacher:
     def __call__(self, batch: Batch) -> SpelledTargets:
         rows, device = batch.rows.cpu().numpy(), batch.labels.device
         states = self.online(self.table.batch(rows).to(device))
-        asked = self.places.batch(rows).to(device)
+        asked = moved(self.places.batch(rows), device)
         states = replace(states, hidden=states.hidden[asked.slots])
-        return SpelledTargets(states, asked, self.places.pieces.to(device), batch.labels, self.vocab)
+        return SpelledTargets(states, asked, moved(self.places.pieces, device), batch.labels, self.vocab)

@@ -33,10 +33,9 @@ from compress.model.distillation.cross_tokenizer.targets import CachedTeacher, O
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
 from compress.model.distillation.packing import RowTable
-from compress.model.distillation.parallel import check_alone
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import TrainSettings, choose_bf16
-from compress.model.distillation.sharding import check_sharding
+from compress.model.distillation.sharding import check_hardware
 from compress.model.distillation.students import random_student
 from compress.model.distillation.targets import (
     Codec,
@@ -65,11 +64,26 @@ class _Side:
     words: Vocabulary
     rows: list[TokenRow]
 
+    @property
+    def written(self) -> tuple[str, str]:
+        """Digests of how tokens and chats are written."""
+        return value_digest(self.tokenizer.get_vocab()), value_digest(self.tokenizer.chat_template)
+
     def table(self, config: Mapping[str, Any], name: str, where: str) -> RowTable:
         """The rows as a table that fits the model of this ``config``."""
         table = RowTable(self.rows, vocab=self.words.size, where=f"{where}: {name}'s rows")
         check_rows_fit(table, [config], where=f"{where}: {name}")
         return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """Both sides, how their rows are aligned, and the rows as tables: the teacher's and the student's."""
+
+    ours: _Side
+    theirs: _Side
+    pairs: Pairs
+    tables: tuple[RowTable, RowTable]
 
 
 def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
@@ -83,8 +97,8 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
     """
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
     other = "" if params.loss == "spelled" else f"loss: {params.loss}"
-    check_sharding(ctx.sharding, train_settings(params, ctx.seed), other=other)
-    check_alone(ctx.processes, ctx.name, other)
+    settings = train_settings(params, ctx.seed)
+    check_hardware(ctx, settings, other=other)
     folder, home = local_folder(ctx.teacher.folder, where=ctx.name), _student_folder(params, ctx)
     check_folder(folder)
     ours, theirs = _sides(params, ctx, folder, home)
@@ -95,10 +109,11 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
         ours_table = ours.table(teacher.config.to_dict(), "teacher", ctx.name)
         table = theirs.table(student.config.to_dict(), "student", ctx.name)
         before = count_parameters(teacher)
-        target_fn, module, figures = _taught(params, ctx, teacher, (ours_table, table), pairs, sides=(ours, theirs))
+        lesson = _Lesson(ours, theirs, pairs, (ours_table, table))
+        target_fn, module, figures = _taught(params, ctx, teacher, lesson)
         figures = pairs.figures | figures
         del teacher  # with cached targets this frees its memory before training
-        log, vocab, settings = ctx.work / TRAINING_LOG, theirs.words.size, train_settings(params, ctx.seed)
+        log, vocab = ctx.work / TRAINING_LOG, theirs.words.size
         report = train(student, target_fn, table, settings, ctx, log, vocab=vocab, loss_module=module)
     shape = asdict(shape_of(student.config.to_dict()))
     figures |= {"parameters": count_parameters(student), "parameters_teacher": before, "shape": shape}
@@ -169,40 +184,25 @@ def _student(
 
 
 def _taught(
-    params: CrossTokenizerParams,
-    ctx: StageContext,
-    teacher: PreTrainedModel,
-    tables: tuple[RowTable, RowTable],
-    pairs: Pairs,
-    *,
-    sides: tuple[_Side, _Side],
+    params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, lesson: _Lesson
 ) -> tuple[TargetFn | None, LossModule | None, dict[str, Any]]:
-    """The teacher's side of the training, what computes the loss if the trainer does not, and figures about both.
-
-    ``tables`` are the rows in the teacher's tokens and in the student's.
-    """
-    ours, theirs = sides
+    """The teacher's side of the training, what computes the loss if the trainer does not, and figures about both."""
+    ours, theirs = lesson.ours, lesson.theirs
     if not params.kd_weight:
         return None, None, {}
     if params.loss == "spelled":
-        target_fn, figures = _spelled(params, ctx, teacher, tables, pairs, sides=sides)
+        target_fn, figures = _spelled(params, ctx, teacher, lesson)
         return target_fn, None, figures
-    module = partial(_module, _loss(params, pairs, ours.words, theirs.words), theirs.words.size)
-    target_fn, figures = _targets(params, ctx, teacher, tables[0], pairs, sides=sides)
+    module = partial(_module, _loss(params, lesson.pairs, ours.words, theirs.words), theirs.words.size)
+    target_fn, figures = _targets(params, ctx, teacher, lesson)
     return target_fn, module, figures
 
 
 def _spelled(
-    params: CrossTokenizerParams,
-    ctx: StageContext,
-    teacher: PreTrainedModel,
-    tables: tuple[RowTable, RowTable],
-    pairs: Pairs,
-    *,
-    sides: tuple[_Side, _Side],
+    params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, lesson: _Lesson
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The teacher's tokens in the student's, online or stored as the distributions of any other teacher are."""
-    ours, theirs = sides
+    ours, theirs, pairs, tables = lesson.ours, lesson.theirs, lesson.pairs, lesson.tables
     places = Places(ours.rows, theirs.rows, pairs, Spelling(ours.words, theirs.words))
     if not len(places):
         raise DataError(
@@ -217,19 +217,15 @@ def _spelled(
     figures: dict[str, Any] = {"spelled_share": round(len(places) / int(pairs.theirs.sum()), 6)}
     if not cached:
         return spelled, figures
-    about = value_digest({"spelled": 1, "by": _named(ctx, ours), "student": _named(ctx, theirs)})
+    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
+    about = value_digest(
+        {"spelled": 1, "by": [ctx.teacher.identity, *ours.written], "student": [ctx.teacher.identity, *theirs.written]}
+    )
     header = cache_header(
         (theirs.tokenizer, about), vocab=theirs.words.size, codec=Codec(top_k=params.top_k), temperature=1.0
     )
     target_fn, more = cached_targets(TargetCache(ctx.work / "targets", header), tables[1], spelled, ctx.progress)
     return target_fn, figures | more
-
-
-def _named(ctx: StageContext, side: _Side) -> list[str]:
-    """What the targets depend on, of one side: the teacher, and how a side's tokens and chats are written."""
-    assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    tokenizer = side.tokenizer
-    return [ctx.teacher.identity, value_digest(tokenizer.get_vocab()), value_digest(tokenizer.chat_template)]
 
 
 def _bf16(params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, *, cached: bool) -> bool:
@@ -264,22 +260,16 @@ def _paired(params: CrossTokenizerParams, pairs: Pairs) -> Pairs:
 
 
 def _targets(
-    params: CrossTokenizerParams,
-    ctx: StageContext,
-    model: PreTrainedModel,
-    table: RowTable,
-    pairs: Pairs,
-    *,
-    sides: tuple[_Side, _Side],
+    params: CrossTokenizerParams, ctx: StageContext, model: PreTrainedModel, lesson: _Lesson
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures; a cache is made, or gone on with, in the work folder."""
-    ours, theirs = sides
+    ours, theirs, pairs = lesson.ours, lesson.theirs, lesson.pairs
     whole = params.loss != "alm"
     cached = params.targets == "cache" and not whole
     debias = params.debias and not whole
     online = OnlineTeacher(
         OnlineTargets(model, vocab=ours.words.size, bf16=_bf16(params, ctx, model, cached=cached)),
-        table,
+        lesson.tables[0],
         _paired(params, pairs),
         edges=torch.tensor(ours.words.boundary) if debias else None,
         whole=whole,
@@ -287,18 +277,11 @@ def _targets(
     if not cached:
         return cast(TargetFn, online), {}
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
-    header = ChunkHeader(
-        teacher=ctx.teacher.identity,
-        tokenizer=value_digest(ours.tokenizer.get_vocab()),
-        template=value_digest(ours.tokenizer.chat_template),
-        student_tokenizer=value_digest(theirs.tokenizer.get_vocab()),
-        student_template=value_digest(theirs.tokenizer.chat_template),
-        columns=2 if debias else 1,
-    )
+    header = ChunkHeader(ctx.teacher.identity, *ours.written, *theirs.written, columns=2 if debias else 1)
     cache = ChunkCache(ctx.work / "targets", header)
     fill_cache(cache, online, ctx.progress)
     figures = {"target_bytes_per_chunk": header.bytes_per_chunk, "target_chunks": cache.chunks}
-    return cast(TargetFn, CachedTeacher(cache, table, pairs)), figures
+    return cast(TargetFn, CachedTeacher(cache, lesson.tables[0], pairs)), figures
 
 
 def _module(loss: CrossLoss, vocab: int, student: nn.Module, bf16: bool) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from compress.model.distillation.cross_tokenizer.cache import ChunkCache
 from compress.model.distillation.cross_tokenizer.losses import Scores, Spans, chunk_sums, label_scores
 from compress.model.distillation.cross_tokenizer.pairs import Chunks, Pairs
 from compress.model.distillation.losses import States
-from compress.model.distillation.packing import Batch, Indices, RowTable, cut
+from compress.model.distillation.packing import Batch, Indices, RowTable, cut, entries, moved
 from compress.model.distillation.shard_folder import ordered
 from compress.model.distillation.targets import TEACHER_TOKENS, OnlineTargets
 
@@ -69,7 +68,7 @@ class OnlineTeacher:
         with torch.no_grad():
             edges = None if self.edges is None else self.edges.to(device)
             scores = label_scores(states.hidden, states.head, batch.labels, edges)
-        chunks = on_device(self.pairs.batch(rows), device)
+        chunks = moved(self.pairs.batch(rows), device)
         found = CrossTargets(chunks, chunk_scores(scores, chunks.teacher, chunks.last))
         if not self.whole:
             return found
@@ -92,10 +91,9 @@ class CachedTeacher:
 
     def __call__(self, batch: Batch) -> CrossTargets:
         rows = batch.rows.numpy()
-        starts, stops = self.pairs.starts[rows], self.pairs.starts[rows + 1]
-        places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+        _, places = entries(self.pairs.starts, rows)
         device = batch.labels.device
-        return CrossTargets(on_device(self.pairs.batch(rows), device), self.values[torch.from_numpy(places)].to(device))
+        return CrossTargets(moved(self.pairs.batch(rows), device), self.values[torch.from_numpy(places)].to(device))
 
 
 def chunk_scores(scores: Scores, ranges: Tensor, last: Tensor) -> Tensor:
@@ -138,10 +136,3 @@ def fill_cache(cache: ChunkCache, teacher: OnlineTeacher, progress: Progress) ->
                     raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
                 cache.append([keys[row] for row in run], counts[run].tolist(), values)
             bar.advance(int(table.lengths[run].sum()))
-
-
-def on_device(chunks: Chunks, device: torch.device) -> Chunks:
-    """The same chunks on ``device``."""
-    if device.type == "cpu":
-        return chunks
-    return Chunks(*(getattr(chunks, name).to(device) for name in Chunks.__slots__))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from compress.model.distillation.targets import OnlineTargets, shared_vocabulary
 from compress.model.distillation.trainer import DistillationModel, train
 from compress.stages import find, load_function, params_model
 from compress.teachers import open_teacher
-from tests.model.distillation.conftest import files
+from tests.model.distillation.conftest import dying, files, killed_while_saving
 from tests.model.distillation.cross_tokenizer import tokenizers_here as made
 from tests.model.distillation.test_stage import write_source
 from tests.tiny import tiny_checkpoint, tiny_conversations, tiny_model
@@ -101,19 +100,8 @@ def test_same_inputs_give_the_same_bytes_cached_or_resumed(ready, scratch, monke
     assert made_files[0] == made_files[1]
     assert made_files[0]["model.safetensors"] != made_files[2]["model.safetensors"]
 
-    class Killed(Exception):
-        pass
-
-    def dying(*_, **__):
-        raise Killed("killed")
-
     ctx = ready("cut")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "save_model", dying)
-        with pytest.raises(Killed, match="killed"):
-            distill(params, ctx)
-    shutil.rmtree(ctx.out)
-    ctx.out.mkdir()
+    killed_while_saving(module, lambda ctx: distill(params, ctx), ctx)
     with monkeypatch.context() as patch:
         patch.setattr(cache, "append", dying)  # the teacher is not asked again
         assert distill(params, ctx).metrics["resumed_from"] == 6
@@ -155,7 +143,7 @@ def equal_tokenizers(place, **more):
 def test_equal_tokenizers_and_equal_models_give_no_loss(ready, place, given):
     params, teacher, loss, pairs, table, batch, side = equal_tokenizers(place, **given)
     assert loss.scale == 1.0
-    targets, _ = module._targets(params, ready(), teacher, table, pairs, sides=(side, side))
+    targets, _ = module._targets(params, ready(), teacher, module._Lesson(side, side, pairs, (table, table)))
     found = targets(batch)
     assert (found.chunks.student == found.chunks.teacher).all()
     model = CrossTokenizerModel(load_model(place / "teacher"), loss, side.words.size)
@@ -166,7 +154,7 @@ def test_equal_tokenizers_and_equal_models_give_no_loss(ready, place, given):
 
 def test_gold_with_equal_tokenizers_is_plain_distillation_on_logits(ready, place):
     params, teacher, loss, pairs, table, batch, side = equal_tokenizers(place, loss="gold", kd_weight=0.7)
-    targets, _ = module._targets(params, ready(), teacher, table, pairs, sides=(side, side))
+    targets, _ = module._targets(params, ready(), teacher, module._Lesson(side, side, pairs, (table, table)))
     grads, sums = [], []
     for kind in ("cross", "plain"):
         student = tiny_model(seed=9, hidden=32, layers=1, scale=0.3)
