@@ -69,6 +69,7 @@ STAGES: tuple[Stage, ...] = (
         "read",
         "compress.ingestion_params:SourceParams",
         "compress.ingestion:read",
+        version=2,
         reads=("source",),
         summary="read JSONL, Parquet, text or a datasets folder into canonical rows",
     ),
