@@ -64,7 +64,7 @@ def _value(scalar: pa.Scalar) -> Any:
         if isinstance(error, UnicodeDecodeError):
             raise RecordError("text that is not valid UTF-8", "UTF-8 text", "Write the file anew") from None
         if isinstance(scalar, pa.StructScalar):
-            pairs = scalar.items()  # unlike a dict it keeps two fields of one name
+            pairs = list(scalar.items())  # unlike a dict it keeps two fields of one name
             fields = {name: _value(item) for name, item in pairs}
             if len(fields) < len(pairs):
                 raise RecordError("two fields of a struct have one name", "different names") from None

@@ -68,7 +68,7 @@ def parse_record(record: object, columns: Mapping[str, str]) -> Parsed:
         raise RecordError(f"a JSON {kind(record)}", "a JSON object per row", "Write each row as {...}")
     said: list[str] = []
     fields = _known_case(_rename(record, columns))
-    messages, text = _content(fields, record, said)
+    messages, text = _content(fields, record, said, mapped="response" in columns)
     label = _label(fields.pop("label", None), messages, said)
     source = fields.pop("source", None)
     if source is not None and not isinstance(source, str):
@@ -100,13 +100,15 @@ def _known_case(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _content(fields: dict[str, Any], record: dict[str, Any], said: list[str]) -> tuple[tuple[Message, ...], str]:
+def _content(
+    fields: dict[str, Any], record: dict[str, Any], said: list[str], *, mapped: bool
+) -> tuple[tuple[Message, ...], str]:
     """Take the columns that hold the content out of ``fields``."""
     if isinstance(fields.get("messages"), str):  # edgestill's own parquet, and others that store JSON in a column
         fields["messages"] = _json_list(fields["messages"])
     if fields.get("messages") and fields.get("text"):
         raise RecordError("both messages and text are filled", "one of the two per row", "Remove one column")
-    messages = chat(fields, said)
+    messages = chat(fields, said, mapped=mapped)
     if messages is not None:
         return messages, ""
     if fields.get("text") is not None:

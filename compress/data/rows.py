@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from compress.data.arrow_records import doubled, records
 from compress.data.hub_rows import SPLITS, dataset_records, is_saved, open_dataset, source_name
-from compress.data.plain import RecordError, plain_text, shown
+from compress.data.plain import DEEPEST, RecordError, plain_text, shown
 from compress.data.records import CANONICAL, parse_record
 from compress.data.turns import Message
 from compress.errors import DataError
@@ -36,6 +37,7 @@ SEPARATOR = "<|endoftext|>"
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text",
 }  # fmt: skip
+UNUSUAL = re.compile(r"\\u|\d[eE]\+?\d{3}")  # in stored JSON: perhaps half a surrogate pair, or a number beyond floats
 NAMED = 12  # columns that a note names
 ROWS, DROPPED, QUARANTINE = "rows.parquet", "dropped.parquet", "quarantine.jsonl"
 
@@ -234,9 +236,12 @@ def _is_message(value: object) -> bool:
 
 def _stored_json(text: str | None, where: str) -> Any:
     try:
-        return json.loads(text or "")
+        value = json.loads(text or "", parse_constant=_no_constant)
+        if UNUSUAL.search(text or "") or (text or "").count("{") + (text or "").count("[") > DEEPEST:
+            canonical_json(value).encode()  # what we never write, and could not write again
     except (ValueError, RecursionError):
         raise _damaged(where, f"{shown(text)!r} is not JSON" if text else "empty") from None
+    return value
 
 
 def _damaged(where: str, got: str) -> DataError:

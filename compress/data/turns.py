@@ -22,6 +22,7 @@ from compress.data.plain import RecordError, kind, names, shown
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query")
 ANSWERS = ("response", "answer", "completion", "output")
+ALPACA_ANSWERS = ("output", "response", "answer", "completion")  # beside an instruction alone
 SEVERAL_ANSWERS = ("answers",)
 PREFERRED = ("chosen",)
 CONTEXTS = ("context", "passage")
@@ -41,17 +42,19 @@ ALTERNATIVES_SAID = "the first of several answers is taken, all are kept in meta
 Message = dict[str, str]
 
 
-def chat(fields: dict[str, Any], said: list[str]) -> tuple[Message, ...] | None:
+def chat(fields: dict[str, Any], said: list[str], *, mapped: bool = False) -> tuple[Message, ...] | None:
     """The messages of a record, or None where its columns hold no chat; what was decided is added to ``said``.
+
+    ``mapped``: the user named the column of the answer, which is ``response`` now.
 
     Raises:
         RecordError: a column that holds the chat has another shape than is known.
     """
     conversation = next((name for name in CONVERSATIONS if fields.get(name)), None)
     if conversation is not None:
-        turns = _messages(_decoded(fields.pop(conversation)), conversation)
+        turns = _answered(_messages(_decoded(fields.pop(conversation)), conversation), fields, said)
     else:
-        found = _asked_and_answered(fields, said)
+        found = _asked_and_answered(fields, said, mapped=mapped)
         if found is None:
             return None
         turns = found
@@ -66,9 +69,21 @@ def chat(fields: dict[str, Any], said: list[str]) -> tuple[Message, ...] | None:
     return turns
 
 
-def _asked_and_answered(fields: dict[str, Any], said: list[str]) -> tuple[Message, ...] | None:
+def _answered(turns: tuple[Message, ...], fields: dict[str, Any], said: list[str]) -> tuple[Message, ...]:
+    """``turns`` with the answer behind them that a column of its own holds, where they end in a question."""
+    answer = _first(fields, (*ANSWERS, *PREFERRED))
+    if turns[-1]["role"] == "assistant" or answer is None or not isinstance(fields[answer], (str, list, dict)):
+        return turns
+    reply = _reply(fields, answer, said)
+    if any(message["role"] == "user" for message in reply):
+        return _whole(turns, reply)
+    return (*turns, *reply)
+
+
+def _asked_and_answered(fields: dict[str, Any], said: list[str], *, mapped: bool) -> tuple[Message, ...] | None:
     """Request and answer from their columns; None where one of them is missing."""
-    answer = _first(fields, (*ANSWERS, *SEVERAL_ANSWERS, *PREFERRED))
+    alpaca = "instruction" in fields and _first(fields, PROMPTS) is None and not mapped
+    answer = _first(fields, (*(ALPACA_ANSWERS if alpaca else ANSWERS), *SEVERAL_ANSWERS, *PREFERRED))
     if answer is None:
         return None
     chosen = answer == "chosen" and _spoken(fields["chosen"])
@@ -76,8 +91,6 @@ def _asked_and_answered(fields: dict[str, Any], said: list[str]) -> tuple[Messag
     if request is None and not chosen:
         return None
     reply = _reply(fields, answer, said)
-    if answer == "chosen":
-        said.append(CHOSEN_SAID)
     if chosen:
         return _whole(request or (), reply)
     system, rest = _parted(request or ())
@@ -151,6 +164,10 @@ def _texts(value: object) -> str | None:
 def _reply(fields: dict[str, Any], name: str, said: list[str]) -> tuple[Message, ...]:
     """The answer: a text, a list of messages, or one of the shapes that hold several right answers."""
     value = fields.pop(name)
+    if name == "chosen":
+        said.append(CHOSEN_SAID)
+    if isinstance(value, dict) and not value.keys().isdisjoint(("role", "from")):
+        value = [value]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return _messages(value, name)
     several = value.get("text", value.get("value")) if isinstance(value, dict) else value
