@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import DataError, ModelError
-from compress.files import NOT_STATED, TOKENIZER_FILES, licence_of
+from compress.files import ENDING_FILES, NOT_STATED, TOKENIZER_FILES, licence_of
 from compress.names import is_hub_name
 
 FileDigest = Callable[[Path], str]
@@ -66,8 +66,8 @@ def model_identity(folder: Path, file_digest: FileDigest) -> str:
 
 
 def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:
-    """Digest of the tokenizer and chat template of a model folder."""
-    files = sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    """Digest of the tokenizer and chat template of a model folder, and of what else says where an answer ends."""
+    files = sorted(folder / name for name in (*TOKENIZER_FILES, *ENDING_FILES) if (folder / name).is_file())
     return digest_of({file.name: file_digest(file) for file in files})
 
 
