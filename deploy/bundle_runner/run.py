@@ -39,6 +39,9 @@ OPTIONS = {
     *("graph_optimization_level", "enable_cpu_mem_arena", "enable_mem_pattern", "session.disable_prepacking"),
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
 }
+BATCH, BATCH_BYTES = 32, 256 << 20  # answers that run together, at most, and the bytes of their keys and values
+ROOM = 512  # tokens of an answer that a KV cache has room for at first, where more are allowed
+NO_TOKEN = -1  # a padding token that no prompt has: the runtime would hide its positions
 COLD = "the device offers no temperature in hwmon or thermal zones"
 AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
@@ -294,9 +297,12 @@ def _number(path: Path) -> int | None:
 
 
 class Runner:
-    """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime."""
+    """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime.
 
-    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+    With ``endless`` its generators never choose an end: whatever is timed then stands in front of one.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings, *, endless: bool = False) -> None:
         check_config(folder / GENAI_CONFIG)
         if strange := strange_options(settings.config_entries):
             raise Refused(f"{folder / BUNDLE_FILE}: tuned: {strange[0]}")
@@ -304,37 +310,119 @@ class Runner:
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
         ends, self.og, self.settings, self.folder = model.get("eos_token_id"), og, settings, folder
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.ends, self.endless = frozenset(ends if isinstance(ends, list) else [ends]), endless
         self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
+        sizes = ("num_hidden_layers", "num_key_value_heads", "head_size")
+        self.position_bytes = 2 * 4 * math.prod(int(model["decoder"][name]) for name in sizes)  # keys and values, fp32
         session = {"inter_op_num_threads": 1, **settings.config_entries, "intra_op_num_threads": settings.threads}
         try:
             config = og.Config(str(folder))
-            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": session}}}))
+            given = {"pad_token_id": NO_TOKEN, "decoder": {"session_options": session}}
+            config.overlay(json.dumps({"model": given if endless else {"eos_token_id": [], **given}}))
             self.model = og.Model(config)
         except RuntimeError as error:  # what the runtime raises for everything
             raise Fault(f"{folder}: onnxruntime-genai cannot open it: {str(error)[:300]}") from error
 
-    def start(self, max_length: int) -> Any:
-        """A greedy generator of one sequence of at most ``max_length`` tokens."""
-        params = self.og.GeneratorParams(self.model)
-        params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=1)
+    def start(self, max_length: int, rows: int = 1) -> Any:
+        """A greedy generator of ``rows`` sequences; the runtime allocates a cache of ``max_length`` positions each."""
+        params, least = self.og.GeneratorParams(self.model), max_length if self.endless else 0
+        params.set_search_options(
+            max_length=max_length, min_length=least, do_sample=False, num_beams=1, batch_size=rows
+        )
         return self.og.Generator(self.model, params)
 
-    def prefill(self, generator: Any, ids: Sequence[int]) -> None:
-        """Read ``ids``, in pieces where the settings say so."""
+    def prefill(self, generator: Any, ids: Any) -> None:
+        """Read ``ids`` (T,), in pieces where the settings say so, or several sequences (rows, T), always at once."""
         import numpy as np
 
-        step = self.settings.prefill_chunk or len(ids)
-        for at in range(0, len(ids), step):
-            generator.append_tokens(np.asarray(ids[at : at + step], dtype=np.int32))
+        array = np.asarray(ids, dtype=np.int32)
+        array = array[0] if array.shape[0] == 1 and array.ndim == 2 else array
+        step = array.shape[-1] if array.ndim == 2 else self.settings.prefill_chunk or len(array)
+        for at in range(0, array.shape[-1], step):
+            generator.append_tokens(array[..., at : at + step])
 
-    def tokens(self, generator: Any, most: int) -> Iterator[int]:
-        """Generate until an end or ``most`` tokens; ends are not given."""
-        for _ in range(most):
+    def answers(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """Continuations without their ends, at most ``most`` tokens each; Fault for a prompt that fills the context.
+
+        Prompts of one length run together, as many as `BATCH` says, so that nothing is padded.
+        """
+        found: list[list[int]] = [[] for _ in prompts]
+        by_length: dict[int, list[int]] = {}
+        for at, ids in enumerate(prompts):
+            self.check_room(ids)
+            by_length.setdefault(len(ids), []).append(at)
+        for length, places in by_length.items():
+            steps = min(most, self.context - length)
+            rows = max(1, min(BATCH, BATCH_BYTES // max(1, self.position_bytes * (length + steps))))
+            for first in range(0, len(places), rows):
+                self._together(places[first : first + rows], prompts, steps, found)
+        return found
+
+    def _together(
+        self, places: Sequence[int], prompts: Sequence[Sequence[int]], steps: int, found: list[list[int]]
+    ) -> None:
+        """Add to ``found`` the continuations of the prompts at ``places``, which are equally long."""
+        generator, running = self.start(len(prompts[places[0]]) + steps, len(places)), set(range(len(places)))
+        self.prefill(generator, [prompts[at] for at in places])
+        for _ in range(steps):
             generator.generate_next_token()
-            if (token := int(generator.get_next_tokens()[0])) in self.ends:
+            chosen = [int(token) for token in generator.get_next_tokens()]
+            running = {row for row in running if chosen[row] not in self.ends}
+            for row in running:
+                found[places[row]].append(chosen[row])
+            if not running:
+                return
+
+    def check_room(self, ids: Sequence[int]) -> None:
+        """Raise Fault where a prompt leaves no room for an answer in the context."""
+        if not 0 < len(ids) < self.context:
+            raise Fault(f"the prompt has {len(ids)} tokens; expected 1 to {self.context - 1}, the bundle's context")
+
+
+class Dialogue:
+    """One sequence that is read and continued, in a KV cache that grows with it.
+
+    The runtime allocates the whole length that a generator is given, so it is given what is needed, and at least twice
+    as much when that is not enough: what was read is then read again.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.ids, self.size = runner, list[int](), 0  # positions of the cache
+        self.generator: Any = None
+
+    def read(self, ids: Sequence[int], most: int) -> None:
+        """Bring the generator to have read ``ids``, with room for an answer of ``most`` tokens (or `ROOM` at first).
+
+        What it has read of them already is not read again.
+        """
+        same = 0
+        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
+            same += 1
+        if self.generator is None or same == 0 or len(ids) + min(most, ROOM) > self.size < self.runner.context:
+            self._open(ids, most)
+            return
+        if same < len(self.ids):
+            self.generator.rewind_to(same)
+        self.ids = list(ids)
+        self.runner.prefill(self.generator, ids[same:])
+
+    def tokens(self, most: int) -> Iterator[int]:
+        """Generate until an end, ``most`` tokens or a full context; ends are not given."""
+        for done in range(min(most, self.runner.context - len(self.ids))):
+            if len(self.ids) == self.size:
+                self._open(self.ids, most - done)
+            self.generator.generate_next_token()
+            self.ids.append(token := int(self.generator.get_next_tokens()[0]))
+            if token in self.runner.ends:
                 return
             yield token
+
+    def _open(self, ids: Sequence[int], most: int) -> None:
+        needed = len(ids) + min(most, max(ROOM, len(ids)))
+        self.generator = None  # its cache is given back before there is another one
+        self.size = min(self.runner.context, max(needed, 2 * self.size))
+        self.generator, self.ids = self.runner.start(self.size), list(ids)
+        self.runner.prefill(self.generator, ids)
 
 
 def runtime(info: dict[str, Any]) -> Any:
@@ -379,14 +467,11 @@ class Text:
 
 def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> None:
     """Say the continuation of ``ids`` piece by piece; Fault when they leave no room in the context."""
-    room = runner.context - len(ids)
-    if not ids or room < 1:
-        raise Fault(f"the prompt has {len(ids)} tokens; expected 1 to {runner.context - 1}, the bundle's context")
-    steps = min(max_new_tokens, room)
-    generator = runner.start(len(ids) + steps)
-    runner.prefill(generator, ids)
+    runner.check_room(ids)
+    dialogue = Dialogue(runner)
+    dialogue.read(ids, max_new_tokens)
     stream = text.tokenizer.create_stream()  # part of a character adds no text yet
-    for token in runner.tokens(generator, steps):
+    for token in dialogue.tokens(max_new_tokens):
         say(stream.decode(token))
 
 
@@ -396,7 +481,7 @@ class Conversation:
     def __init__(self, runner: Runner, text: Text, head: list[dict[str, str]], max_new_tokens: int) -> None:
         self.runner, self.text, self.head, self.max_new_tokens = runner, text, head, max_new_tokens
         self.turns: list[dict[str, str]] = []
-        self.generator: Any = None
+        self.dialogue = Dialogue(runner)
 
     def ask(self, asked: str) -> int:
         """Say the answer to ``asked``; return how many old messages were forgotten to make room.
@@ -411,24 +496,16 @@ class Conversation:
             turns, forgotten = turns[2:], forgotten + 2  # the oldest question with its answer
         said: list[str] = []
         stream = self.text.tokenizer.create_stream()
-        self._read(ids)
-        for token in self.runner.tokens(self.generator, min(self.max_new_tokens, self.runner.context - len(ids))):
+        self.dialogue.read(ids, self.max_new_tokens)
+        for token in self.dialogue.tokens(self.max_new_tokens):
             said.append(stream.decode(token))
             say(said[-1])
         self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
         return forgotten
 
-    def _read(self, ids: list[int]) -> None:
-        """Bring the generator to have read ``ids``: what it has read of them already is not read again."""
-        seen: list[int] = [] if self.generator is None else [int(i) for i in self.generator.get_sequence(0)]
-        same = 0
-        while same < min(len(seen), len(ids) - 1) and seen[same] == ids[same]:
-            same += 1
-        if same == 0:
-            self.generator = self.runner.start(self.runner.context)
-        elif same < len(seen):
-            self.generator.rewind_to(same)
-        self.runner.prefill(self.generator, ids[same:])
+    def restart(self) -> None:
+        """Forget the KV cache, which may stand in the middle of an answer."""
+        self.dialogue = Dialogue(self.runner)
 
 
 def chat(conversation: Conversation) -> None:
@@ -449,10 +526,10 @@ def chat(conversation: Conversation) -> None:
             forgotten = conversation.ask(asked)
             say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
         except KeyboardInterrupt:
-            conversation.generator = None  # it stands in the middle of an answer
+            conversation.restart()
             say("\n(stopped)\n")
         except (Fault, RuntimeError) as fault:
-            conversation.generator = None
+            conversation.restart()
             say(f"({fault})\n")
 
 
@@ -530,7 +607,7 @@ def bench(folder: Path, info: dict[str, Any], settings: Settings, lengths: Lengt
     import numpy  # noqa: F401 - loaded now, so that it counts as base memory
 
     base, start = peak_memory_bytes(), time.perf_counter()
-    runner = Runner(folder, info, settings)
+    runner = Runner(folder, info, settings, endless=True)
     load_s = time.perf_counter() - start
     first_id = min(5, runner.vocabulary - 1)
     ids = [first_id + at % max(1, runner.vocabulary - first_id) for at in range(lengths.prompt_tokens)]

@@ -99,9 +99,10 @@ def test_prompts_in_pieces_give_the_same_answer(bundle: Path, opened: tuple[run.
     settings = run.Settings.of(info, run.read_json(bundle / run.GENAI_CONFIG))
     assert settings == run.Settings(1, 5, entries)
     runner = run.Runner(bundle, info, settings)
-    generator = runner.start(200)
-    runner.prefill(generator, ids)
-    assert list(runner.tokens(generator, 12)) == greedy(bundle, ids, 12)
+    dialogue = run.Dialogue(runner)
+    dialogue.read(ids, 12)
+    assert list(dialogue.tokens(12)) == greedy(bundle, ids, 12)
+    assert runner.answers([ids, ids[1:], ids], 12) == [greedy(bundle, each, 12) for each in (ids, ids[1:], ids)]
 
 
 def test_settings_come_from_the_command_then_the_tuning_then_the_runtimes_config() -> None:
