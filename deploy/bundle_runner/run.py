@@ -5,6 +5,7 @@
     python run.py --chat                 a conversation
     python run.py --bench                one line of JSON: speed, memory; energy and temperature where the device tells
     python run.py --check                SHA-256 of every file against bundle.json
+    python run.py --serve                requests as lines of JSON on standard input, a line of JSON to each (`Service`)
 
 Needs onnxruntime-genai and numpy alone. It is copied into every bundle as it stands here, and `edgestill bench` runs
 this same file, here and on a device: there is one way of measuring. Settings are those of the command line, else of
@@ -437,11 +438,19 @@ def runtime(info: dict[str, Any]) -> Any:
     return onnxruntime_genai
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A bundle of which the model is not needed: what `Text` reads of a `Runner`."""
+
+    og: Any
+    folder: Path
+
+
 class Text:
     """Text to token ids and back, as the model was trained to see it."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.tokenizer = runner.og.Tokenizer(runner.model)
+    def __init__(self, runner: Runner | Opened) -> None:
+        self.tokenizer = runner.og.Tokenizer(str(runner.folder))
         settings = runner.folder / "tokenizer_config.json"
         bos = read_json(settings).get("bos_token") if settings.is_file() else None
         self.bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -452,13 +461,14 @@ class Text:
         start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
         return ids if ids[:1] == start else start + ids
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the place where the model answers.
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """Token ids of a conversation up to the place where the model answers; ``tools`` as the template takes them.
 
         Raises Fault when the bundle has no chat template, or one that the runtime cannot render.
         """
         try:
-            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
+            more = {} if tools is None else {"tools": json.dumps(list(tools))}
+            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True, **more)
         except RuntimeError as error:
             got = f"the bundle has no chat template that the runtime can render ({str(error)[:200]})"
             raise Fault(f"{got}. Use --raw, which gives the text as it is") from error
@@ -531,6 +541,43 @@ def chat(conversation: Conversation) -> None:
         except (Fault, RuntimeError) as fault:
             conversation.restart()
             say(f"({fault})\n")
+
+
+class Service:
+    """Answers requests, each a dict with ``op``, by a dict of JSON values; the model is opened on need.
+
+    ``encode``: ``text`` is cut as it is (as one user's message where ``raw`` is false), ``messages`` with ``tools``,
+    where there are any, go through the chat template: ``{"ids": [...]}``.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+        check_config(folder / GENAI_CONFIG)
+        self.folder, self.info, self.settings = folder, info, settings
+        self.text = Text(Opened(runtime(info), folder))
+        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"encode": self.encode}
+
+    def encode(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Token ids of a text or a conversation."""
+        if "messages" in request:
+            return {"ids": self.text.chat(request["messages"], request.get("tools"))}
+        if request.get("raw", True):
+            return {"ids": self.text.raw(request["text"])}
+        return {"ids": self.text.chat([{"role": "user", "content": request["text"]}])}
+
+    def reply(self, line: str) -> dict[str, Any]:
+        """What is answered to a line; ``{"error": ...}`` where the request cannot be served."""
+        try:
+            request = json.loads(line)
+            return self.ops[request["op"]](request)
+        except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return {"error": str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def serve(service: Service) -> None:
+    """The loop of ``--serve``: one line out for each line in, until standard input ends."""
+    for line in sys.stdin:
+        if line.strip():
+            say(json.dumps(service.reply(line)) + "\n")
 
 
 def say(text: str) -> None:
@@ -661,6 +708,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="a conversation")
     add("--bench", action="store_true", help="measure speed and memory; prints one line of JSON")
     add("--check", action="store_true", help="check the SHA-256 of every file against bundle.json")
+    add("--serve", action="store_true", help="answer requests: lines of JSON in, lines of JSON out")
     add("--raw", action="store_true", help="give the text as it is, without the chat template")
     add("--system", help="a system message, for templates that have one")
     add("--max-new-tokens", type=_positive, default=256, help="longest answer (256)")
@@ -702,11 +750,27 @@ def reason_of(error: Exception, bundle: Path) -> str:
     return f"{bundle}: its JSON is incomplete ({type(error).__name__}: {str(error)[:200]}). Copy the bundle again"
 
 
+def _converse(args: argparse.Namespace, info: dict[str, Any], settings: Settings) -> None:
+    """Serve, chat, or answer one text."""
+    if args.serve:
+        serve(Service(args.bundle, info, settings))
+        return
+    runner = Runner(args.bundle, info, settings)
+    text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
+    if args.chat:
+        chat(Conversation(runner, text, head, args.max_new_tokens))
+        return
+    asked = sys.stdin.read() if args.text == "-" else args.text
+    ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
+    answer(runner, text, ids, args.max_new_tokens)
+    say("\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(arguments)
-    if sum([args.chat, args.bench, args.check, args.text is not None]) != 1:
-        parser().error('give one of: a text, --chat, --bench, --check (such as: python run.py "hello")')
+    if sum([args.chat, args.bench, args.check, args.serve, args.text is not None]) != 1:
+        parser().error('give one of: a text, --chat, --bench, --check, --serve (such as: python run.py "hello")')
     if args.stop_on_eof:
         _watch_input()
     try:
@@ -721,15 +785,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
             say(json.dumps(record, sort_keys=True) + "\n")
             return 0
-        runner = Runner(args.bundle, info, settings)
-        text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
-        if args.chat:
-            chat(Conversation(runner, text, head, args.max_new_tokens))
-            return 0
-        asked = sys.stdin.read() if args.text == "-" else args.text
-        ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
-        answer(runner, text, ids, args.max_new_tokens)
-        say("\n")
+        _converse(args, info, settings)
     except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
         return error.code if isinstance(error, Fault) else 1
