@@ -41,6 +41,7 @@ OPTIONS = {
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
 }
 BATCH, BATCH_BYTES = 32, 256 << 20  # answers that run together, at most, and the bytes of their keys and values
+MOST_NEW_TOKENS = 256  # of an answer, where nothing is said
 ROOM = 512  # tokens of an answer that a KV cache has room for at first, where more are allowed
 NO_TOKEN = -1  # a padding token that no prompt has: the runtime would hide its positions
 COLD = "the device offers no temperature in hwmon or thermal zones"
@@ -461,6 +462,11 @@ class Text:
         start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
         return ids if ids[:1] == start else start + ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, as it comes token by token."""
+        stream = self.tokenizer.create_stream()  # part of a character adds no text yet
+        return "".join(stream.decode(token) for token in ids)
+
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a conversation up to the place where the model answers; ``tools`` as the template takes them.
 
@@ -548,13 +554,16 @@ class Service:
 
     ``encode``: ``text`` is cut as it is (as one user's message where ``raw`` is false), ``messages`` with ``tools``,
     where there are any, go through the chat template: ``{"ids": [...]}``.
+    ``answer``: the same continued by at most ``max_new_tokens`` up to an end: ``{"prompt": [ids], "ids": [...],
+    "text": ...}``; a list of ``requests`` gives ``{"answers": [...]}``, in their order, and runs several at once.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
         check_config(folder / GENAI_CONFIG)
         self.folder, self.info, self.settings = folder, info, settings
         self.text = Text(Opened(runtime(info), folder))
-        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"encode": self.encode}
+        self.runner: Runner | None = None
+        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"encode": self.encode, "answer": self.answer}
 
     def encode(self, request: dict[str, Any]) -> dict[str, Any]:
         """Token ids of a text or a conversation."""
@@ -563,6 +572,20 @@ class Service:
         if request.get("raw", True):
             return {"ids": self.text.raw(request["text"])}
         return {"ids": self.text.chat([{"role": "user", "content": request["text"]}])}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The greedy answer to a text or a conversation, or to each of several."""
+        several, most = request.get("requests"), request.get("max_new_tokens", MOST_NEW_TOKENS)
+        if type(most) is not int or most < 1:
+            raise Fault(f"max_new_tokens {most!r}; expected 1 or more")
+        self.runner = self.runner or Runner(self.folder, self.info, self.settings)
+        prompts = [self.encode(one)["ids"] for one in ([request] if several is None else several)]
+        found = self.runner.answers(prompts, most)
+        answers = [
+            {"prompt": prompt, "ids": ids, "text": self.text.decode(ids)}
+            for prompt, ids in zip(prompts, found, strict=True)
+        ]
+        return answers[0] if several is None else {"answers": answers}
 
     def reply(self, line: str) -> dict[str, Any]:
         """What is answered to a line; ``{"error": ...}`` where the request cannot be served."""
@@ -711,7 +734,7 @@ def parser() -> argparse.ArgumentParser:
     add("--serve", action="store_true", help="answer requests: lines of JSON in, lines of JSON out")
     add("--raw", action="store_true", help="give the text as it is, without the chat template")
     add("--system", help="a system message, for templates that have one")
-    add("--max-new-tokens", type=_positive, default=256, help="longest answer (256)")
+    add("--max-new-tokens", type=_positive, default=MOST_NEW_TOKENS, help="longest answer (256)")
     add("--threads", type=_positive, help="CPU threads; else what was tuned, else the physical cores")
     add("--prompt-tokens", type=_positive, default=32, help="of --bench (32)")
     add("--new-tokens", type=_positive, default=64, help="of --bench (64)")
