@@ -8,7 +8,6 @@ rows. Knows nothing of models and tensors; transformers is imported on use.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from compress.ends import declared_ends
 from compress.errors import DataError, ModelError
-from compress.files import ENDING_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "a model folder with a fast tokenizer",
             "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
-    declared = _declared_ends(folder)
+    declared = declared_ends(folder)
     try:
         # not AutoTokenizer: for some model types it swaps in its own splitting rules over those of the file
         found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -103,28 +102,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         if type(error) is not Exception:
             raise
         raise ModelError(str(folder / "tokenizer.json"), f"cannot be read ({_first_line(error)})") from error
-
-
-def _declared_ends(folder: Path) -> tuple[int, ...]:
-    """Ids that the configs of a model folder, or of a bundle, say end an answer; null and ids that no token has are
-    left out. Sorted. ModelError when a config cannot be read, or says something else than ids.
-    """
-    ends, vocabulary = set[int](), list[int]()
-    for path in (folder / name for name in ENDING_FILES):
-        if not path.is_file():
-            continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            settings = found.get("model") or {} if path.name == "genai_config.json" else found
-            said, size = settings.get("eos_token_id"), settings.get("vocab_size")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ModelError(str(path), "cannot be read as a JSON object") from error
-        listed = [token for token in (said if isinstance(said, list) else [said]) if token is not None]
-        if any(type(token) is not int for token in listed):
-            raise ModelError(str(path), f"eos_token_id {str(said)[:80]}", "a token id, a list of them, or null")
-        ends.update(listed)
-        vocabulary += [size] if type(size) is int else []
-    return tuple(sorted(token for token in ends if 0 <= token < min(vocabulary, default=token + 1)))
 
 
 def encode_rows(

@@ -1,8 +1,7 @@
 """What more than one package must know of files in the same way: digests, licences, which ones make a tokenizer.
 
 `file_sha256` digests a file, `licence_of` reads a card, `TOKENIZER_FILES` are the files of a model folder that decide
-how it reads and writes text, `ENDING_FILES` those that say where an answer ends. Imports nothing of ours and no
-package; knows nothing of stores, models or bundles.
+how it reads and writes text. Imports nothing of ours and no package; knows nothing of stores, models or bundles.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-ENDING_FILES = ("config.json", "generation_config.json", "genai_config.json")  # they name tokens that end an answer
 
 NOT_STATED = "not stated"
 _CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)

@@ -36,7 +36,8 @@ ALLOWED = {
     "compress.context": ("compress.progress", "compress.teachers"),
     "compress.progress": (),
     "compress.store": ("compress.errors", "compress.files"),
-    "compress.encoding": ("compress.data.rows", *SHARED),
+    "compress.ends": ("compress.errors",),
+    "compress.encoding": ("compress.data.rows", "compress.ends", *SHARED),
 }  # fmt: skip
 TORCH_FREE = (
     "compress", "compress.errors", "compress.context", "compress.progress", "compress.profile", "compress.store",
