@@ -8,6 +8,7 @@ Nothing here is meant for speed: it says what one has before export.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -62,13 +63,21 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
 def measure(
     folder: Path, *, prompt_tokens: int, new_tokens: int, repeats: int, warmup: int, seed: int
 ) -> dict[str, Any]:
-    """Medians over ``repeats`` of one greedy continuation with a KV cache; the prompt is random token ids."""
+    """Medians over ``repeats`` of one greedy continuation with a KV cache; the prompt is random token ids.
+
+    Tokens that end an answer are never chosen, so that all that is timed stands in front of one.
+    """
     import torch
     from transformers.cache_utils import DynamicCache
 
+    from compress.encoding import load_tokenizer, stop_ids
     from compress.model.checkpoint import load_model
 
-    model = load_model(folder).eval()
+    model, ends = load_model(folder).eval(), torch.tensor(stop_ids(load_tokenizer(folder)), dtype=torch.long)
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1:].index_fill(-1, ends, -math.inf).argmax(-1)
+
     vocabulary = int(model.config.vocab_size)
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -78,11 +87,11 @@ def measure(
             cache = DynamicCache(config=model.config)
             start = time.perf_counter()
             out = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
+            token = choose(out.logits)
             first = time.perf_counter()
             for _ in range(new_tokens - 1):
                 out = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
+                token = choose(out.logits)
             if turn >= warmup:
                 firsts.append(first - start)
                 decodes.append((time.perf_counter() - first) / max(new_tokens - 1, 1))

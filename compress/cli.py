@@ -438,6 +438,8 @@ def evaluate(
 
     rows_shown = [(name, terminal.quality(value)) for name, value in result.metrics["metrics"].items()]
     terminal.show_rows(("metric", "value [95 % interval]"), rows_shown, terminal.console())
+    for note in result.notes:
+        print(f"note: {note}")
 
 
 targets = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices: list, show, measure.")

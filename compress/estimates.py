@@ -334,7 +334,8 @@ def _fit(bundle: _State, plan: Plan, result: Estimate) -> None:
     drawn = plan.profile.export or {}
     last = drawn.get("backend") != "optimum" and drawn.get("last_logits", True)
     found = sizing.estimate(bundle.config, precision, target, context, last_logits=last)
-    result.figures[f"peak memory on {target.name}"] = (float(found.peak_memory_bytes), "bytes")
+    memory = f"peak memory on {target.name} with {found.context_tokens} tokens of context"
+    result.figures[memory] = (float(found.peak_memory_bytes), "bytes")
     result.figures[f"decode on {target.name}"] = (found.decode_tokens_per_s, "tokens/s")
     result.figures[f"prefill on {target.name}"] = (found.prefill_tokens_per_s, "tokens/s")
     try:
@@ -343,3 +344,6 @@ def _fit(bundle: _State, plan: Plan, result: Estimate) -> None:
         result.misfits.append(error)
     else:
         result.notes.append(f"It fits {target.name} with {found.context_tokens} tokens of context.")
+    own = int(bundle.config.get("max_position_embeddings") or 0)
+    lowered = sizing.lowered_context(own, context, target)
+    result.notes += [lowered] if lowered else []

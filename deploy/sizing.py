@@ -288,6 +288,16 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return 2 * 4 * int(config["num_hidden_layers"]) * kv_head_count(config) * size * tokens
 
 
+def lowered_context(own: int, wanted: int | None, target: Target | None) -> str:
+    """A note where the target, and not the user (``wanted``), makes the context shorter than the model's ``own``."""
+    if wanted is not None or target is None or target.context_tokens >= own:
+        return ""
+    return (
+        f"the context is {target.context_tokens} tokens, as the target {target.name} says, and {own} by the model; "
+        "export.context_tokens sets another"
+    )
+
+
 def logits_bytes(vocabulary: int, positions: int) -> int:
     """Return the bytes of the logits, in fp32, at so many positions of a prompt."""
     return 4 * vocabulary * positions

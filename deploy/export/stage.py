@@ -27,7 +27,7 @@ from deploy.export.optimum import interpreter, write_optimum
 from deploy.export.parity import Parity, check
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
-from deploy.sizing import Precision, check_fit, estimate, products
+from deploy.sizing import Precision, check_fit, estimate, kv_cache_bytes, lowered_context, products
 
 _SAID = {GPTQ_FOLDER: "GPTQ checkpoint", GGUF_FOLDER: "GGUF file"}
 
@@ -147,6 +147,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         work=ctx.work,
     )
     result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
+    result.notes += _context_notes(params, ctx, read_config(source), report)
     if parity.shipped.top1 < 1:
         result.notes.append(_said(parity))
     result.metrics |= {
@@ -154,11 +155,22 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         "parity": parity.facts(),
         "onnx_bytes": sum(path.stat().st_size for path in ctx.out.glob("model.onnx*")),
         "read_per_token_bytes": report.read_per_token_bytes,
+        "context_tokens": report.context_tokens,
+        "kv_cache_bytes": kv_cache_bytes(read_config(source), report.context_tokens),
     }
     facts = _onnx_facts(params, report)
     every, once = products(read_config(source), last_logits=keeps_last(params))
     facts |= {"last_logits": keeps_last(params), "products_per_token": every, "products_per_prompt": once}
     return {"onnx": facts, "parity": parity.facts()}
+
+
+def _context_notes(params: ExportParams, ctx: StageContext, config: dict[str, Any], report: OnnxReport) -> list[str]:
+    """What the context is, where a target sets it, and the memory of a whole one."""
+    own = int(config.get("max_position_embeddings") or report.context_tokens)
+    lowered = lowered_context(own, params.context_tokens, ctx.target)
+    cache = kv_cache_bytes(config, report.context_tokens)
+    told = f"keys and values of a whole context of {report.context_tokens} tokens take {cache / 1e6:.3g} MB of memory"
+    return [*([lowered] if lowered else []), f"{told}; a request takes what its own tokens need"]
 
 
 def _writer(params: ExportParams) -> Callable[..., OnnxReport]:
