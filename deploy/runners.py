@@ -164,6 +164,20 @@ class GenaiRunner:
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         return np.array(generator.get_output("logits")[0, -1], dtype=np.float32)
 
+    def cached_logits(self, ids: Sequence[int], prefill: int) -> npt.NDArray[np.float32]:
+        """Return fp32 logits (T - prefill + 1, vocabulary) from position ``prefill`` - 1 on, by the graph that ships.
+
+        The first ``prefill`` of the ``ids`` are read at once, the others one at a time through the KV cache, as
+        generation does. Raises DataError as `logits`.
+        """
+        self._check(ids, self.context, "logits")
+        generator = self.start(len(ids))
+        found = []
+        for start, stop in [(0, prefill), *((at, at + 1) for at in range(prefill, len(ids)))]:
+            generator.append_tokens(np.asarray(ids[start:stop], dtype=np.int32))
+            found.append(np.array(generator.get_output("logits")[0, -1], dtype=np.float32))
+        return np.stack(found)
+
     def logits(self, ids: Sequence[int], *, prefill: int | None = None) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (T, vocabulary) after each of the ``ids``, which the model is given, not asked for.
 

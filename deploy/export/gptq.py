@@ -168,7 +168,12 @@ def _readers(config: Mapping[str, Any]) -> list[str]:
         "edgestill itself;",
         "the onnxruntime-genai model builder 0.18: the same logits within 4e-4 in fp32 arithmetic;",
         "GPTQModel 7.6: the same codes, logits to the rounding of fp16."
-        + ("" if settings["sym"] else " It refuses asymmetric codes that it did not write itself;"),
+        + (
+            ""
+            if settings["sym"]
+            else " It refuses asymmetric codes that it did not write itself, or, in fp32 on a CPU, "
+            "leaves their zero points out without a word: open them in bf16;"
+        ),
     ]
     if settings.get("dynamic"):
         return [*lines, "not transformers alone and not AutoGPTQ: they know no widths for single linears (`dynamic`)."]

@@ -2,15 +2,16 @@
 
 Two questions, two figures. *Is the graph right?* Its copy with fp32 arithmetic must give torch's logits to rounding
 (`exact`). *What does the shipped arithmetic cost?* With activations rounded to 8 bits the logits move; reported as
-the largest difference and the share of equal most likely tokens (`shipped`). Half of every prompt is read at once,
-the other half token by token, so that both of the runtime's paths are checked; where the graph that ships gives the
-last position alone, that one is checked too. A miss raises ParityError.
+the largest difference and the share of equal most likely tokens (`shipped`). Every prompt is read at once by a copy
+of the graph that gives all positions, and the ends of a few (`CACHED_ROWS`) once more by the very graph that ships,
+token by token through its KV cache. Torch's logits lie in scratch files, since those of all prompts may take more
+memory than the model. A miss raises ParityError.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ import numpy as np
 
 from compress.errors import ParityError
 from compress.model.checkpoint import TorchRuntime, load_model
+from compress.progress import Progress
 from deploy.export.onnx import MODEL_FILE
 from deploy.runners import GenaiRunner
 from deploy.variants import accuracy_copy
 from evaluators.agreement import compare
+
+CACHED_ROWS = 4  # prompts whose last tokens go through the KV cache one at a time
+CACHED_STEPS = 4  # tokens of each
+Logits = np.ndarray[Any, np.dtype[np.float32]]  # (T, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ def check(
     max_kl: float,
     threads: int,
     work: Path,
+    progress: Progress | None = None,
 ) -> Parity:
     """Compare the ONNX model in ``folder`` with ``checkpoint`` on ``prompts`` (token ids); ``work`` is scratch space.
 
@@ -68,22 +75,30 @@ def check(
         ParityError: a logit of the fp32 graph is off by more than ``tolerance`` of the largest, or the
             shipped graph diverges by more than ``max_kl`` nats per token.
     """
-    expected = torch_logits(checkpoint, prompts)
-    shipped = difference(folder, prompts, expected, threads=threads)
+    shown = progress or Progress(quiet=True)
     with tempfile.TemporaryDirectory(prefix="exact-", dir=work) as temporary:
-        changed = accuracy_copy(folder, Path(temporary), 1)
-        exact = difference(Path(temporary), prompts, expected, threads=threads) if changed else shipped
-    where = str(folder / MODEL_FILE)
-    if not exact.relative <= tolerance:
-        raise ParityError(
-            where,
-            f"its logits differ from torch's by {exact.max_abs:.3g}, {exact.relative:.2g} of the largest",
-            f"at most {tolerance:g} (parity_tolerance)",
-            "This is a fault of the export: nothing was written. Please report it with the model's config.json",
-        )
+        copy, stored = Path(temporary) / "copy", Path(temporary) / "torch"
+        copy.mkdir()
+        stored.mkdir()
+        count = len(prompts)
+        for index, logits in enumerate(shown.track(torch_logits(checkpoint, prompts), "prompts read in torch", count)):
+            np.save(stored / f"{index}.npy", logits, allow_pickle=False)
+
+        def measured(where: Path, what: str) -> Difference:
+            expected = (np.load(stored / f"{index}.npy", allow_pickle=False) for index in range(count))
+            told = f"prompts compared, {what}"
+            return difference(where, prompts, shown.track(expected, told, count), threads=threads)
+
+        if accuracy_copy(folder, copy, 1):
+            exact = measured(copy, "in fp32")
+            _refuse_wrong(exact, folder, tolerance)
+            shipped = measured(folder, "as shipped")
+        else:
+            exact = shipped = measured(folder, "as shipped")
+            _refuse_wrong(exact, folder, tolerance)
     if not shipped.kl <= max_kl:
         raise ParityError(
-            where,
+            str(folder / MODEL_FILE),
             f"with activations in 8 bits it diverges from torch by {shipped.kl:.3g} nats per token",
             f"at most {max_kl:g} (max_kl)",
             "Set accuracy_level: 1, which does not round activations, or raise max_kl",
@@ -91,30 +106,41 @@ def check(
     return Parity(exact, shipped)
 
 
-def torch_logits(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Return the logits (T, vocabulary) of each prompt by the checkpoint in torch, in fp32."""
+def _refuse_wrong(exact: Difference, folder: Path, tolerance: float) -> None:
+    if not exact.relative <= tolerance:
+        raise ParityError(
+            str(folder / MODEL_FILE),
+            f"its logits differ from torch's by {exact.max_abs:.3g}, {exact.relative:.2g} of the largest",
+            f"at most {tolerance:g} (parity_tolerance)",
+            "This is a fault of the export: nothing was written. Please report it with the model's config.json",
+        )
+
+
+def torch_logits(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Iterator[Logits]:
+    """Yield the logits (T, vocabulary) of each prompt by the checkpoint in torch, in fp32."""
     runtime = TorchRuntime(load_model(checkpoint))
-    return [runtime.logits(ids) for ids in prompts]
+    for ids in prompts:
+        yield runtime.logits(ids)
 
 
 def difference(
-    folder: Path,
-    prompts: Sequence[Sequence[int]],
-    expected: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
-    *,
-    threads: int,
+    folder: Path, prompts: Sequence[Sequence[int]], expected: Iterable[Logits], *, threads: int
 ) -> Difference:
-    """Return how far the logits of the ONNX model in ``folder`` lie from the ``expected`` ones."""
+    """Return how far the logits of the ONNX model in ``folder`` lie from the ``expected`` ones, one per prompt."""
     runner = GenaiRunner(folder, threads=threads, verify=False)
+    cached = _cached(prompts)
     largest = max_abs = 0.0
     agreeing: list[np.ndarray[Any, Any]] = []
     divergences: list[np.ndarray[Any, Any]] = []
-    for ids, wanted in zip(prompts, expected, strict=True):
-        found = runner.logits(ids, prefill=max(1, len(ids) // 2))
-        if not np.isfinite(found).all():
-            raise ParityError(str(folder / MODEL_FILE), "NaN or infinite logits", "finite ones, as torch gives")
-        max_abs = max(max_abs, float(np.abs(found - wanted).max()))
-        max_abs = max(max_abs, float(np.abs(runner.next_logits(ids) - wanted[-1]).max()))  # the very graph that ships
+    for index, (ids, wanted) in enumerate(zip(prompts, expected, strict=True)):
+        found = runner.logits(ids)
+        pairs = [(found, wanted)]
+        if index in cached:
+            pairs.append((runner.cached_logits(ids, cached[index]), wanted[cached[index] - 1 :]))
+        for one, other in pairs:
+            if not np.isfinite(one).all():
+                raise ParityError(str(folder / MODEL_FILE), "NaN or infinite logits", "finite ones, as torch gives")
+            max_abs = max(max_abs, float(np.abs(one - other).max()))
         largest = max(largest, float(np.abs(wanted).max()))
         agreement = compare(wanted, found)
         divergences.append(agreement.kl)
@@ -127,3 +153,13 @@ def difference(
         kl=float(np.concatenate(divergences).mean()),
         positions=len(top1),
     )
+
+
+def _cached(prompts: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Return which prompts go through the cache too, and how many of their tokens are read at once before.
+
+    The longest and the shortest ones, so that the cache is proven near its beginning and far from it.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    picked = dict.fromkeys([*order[: CACHED_ROWS // 2], *order[-(CACHED_ROWS // 2) :]])
+    return {index: max(1, len(prompts[index]) - CACHED_STEPS) for index in picked}

@@ -1,9 +1,9 @@
 """The graph of a model as onnxruntime-genai's model builder draws it, with all widths cut to almost nothing.
 
 The builder knows each architecture's graph and its runtime config, but rounds weights by its own rules, and reads and
-writes them all in fp32. So it is given a model of the same layers, heads and vocabulary with a hidden size of a few
-channels and meaningless weights: it draws in a second, whatever the real size, and `deploy.export.onnx` puts the real
-tensors in. The options are explicit, because the builder ignores the ones it does not know.
+writes them all in fp32. So it is given a model of the same layers and heads with a hidden size of a few channels and
+meaningless weights: it draws in a second, whatever the real size, and `deploy.export.onnx` puts the real tensors in.
+The options are explicit, because the builder ignores those it does not know.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import shutil
 import tempfile
@@ -24,10 +25,11 @@ import onnx
 
 from compress.errors import EdgestillError, ModelError
 from compress.model.checkpoint import copy_tokenizer, quiet_transformers
-from compress.model.shapes import architecture
+from compress.model.shapes import architecture, kv_head_count
+from deploy.variants import LOGITS
 
 _BUILDER_ERRORS = (NotImplementedError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError)
-_SHORTEST = 16  # of the feed-forward width
+_FFN = 16  # feed-forward width of the shrunk model
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ def build(
         EdgestillError: the builder failed for another reason.
     """
     check_attention(config, where=str(checkpoint / "config.json"))
+    vocabulary = int(config["vocab_size"])
     with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
         source, drawn = Path(temporary) / "model", Path(temporary) / "onnx"
         _write_model(checkpoint, config, source, head_size=head_size, context_tokens=context_tokens)
         _run_builder(source, drawn, Path(temporary) / "cache", fuse_qkv=fuse_qkv)
         model = onnx.load(str(drawn / "model.onnx"), load_external_data=False)
         genai_config = json.loads((drawn / "genai_config.json").read_text(encoding="utf-8"))
+    (logits,) = (value for value in model.graph.output if value.name == LOGITS)
+    logits.type.tensor_type.shape.dim[2].dim_value = genai_config["model"]["vocab_size"] = vocabulary
     return Skeleton(model, genai_config)
 
 
@@ -73,6 +78,17 @@ def check_attention(config: Mapping[str, Any], *, where: str) -> None:
         raise ModelError(where, f"hidden_act {config['hidden_act']!r}", "silu")
 
 
+def _vocabulary(config: Mapping[str, Any], head_size: int) -> int:
+    """Return a vocabulary that no inner linear of the shrunk model has for its width, the real one where it can be.
+
+    The builder (onnxruntime-genai 0.18, `builders/base.py`) takes every linear with as many outputs as tokens for the
+    output head.
+    """
+    heads, size = int(config["num_attention_heads"]), int(config["vocab_size"])
+    widths = {heads, heads * head_size, kv_head_count(config) * head_size, _FFN}
+    return next(count for count in itertools.count(size) if count not in widths)
+
+
 def _write_model(
     checkpoint: Path, config: Mapping[str, Any], folder: Path, *, head_size: int, context_tokens: int
 ) -> None:
@@ -83,8 +99,9 @@ def _write_model(
     shrunk = {key: value for key, value in config.items() if key not in dropped}
     shrunk |= {
         "hidden_size": int(config["num_attention_heads"]),
-        "intermediate_size": _SHORTEST,
+        "intermediate_size": _FFN,
         "head_dim": head_size,
+        "vocab_size": _vocabulary(config, head_size),
         "max_position_embeddings": context_tokens,
         "tie_word_embeddings": False,
         "rope_theta": 10_000.0,

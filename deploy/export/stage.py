@@ -145,6 +145,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         max_kl=params.max_kl,
         threads=ctx.threads,
         work=ctx.work,
+        progress=ctx.progress,
     )
     result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
     result.notes += _context_notes(params, ctx, read_config(source), report)

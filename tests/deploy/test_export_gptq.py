@@ -62,6 +62,7 @@ def test_the_export_holds_the_codes_and_only_common_files(bits: int, sym: bool, 
     card = (out / "README.md").read_text()
     assert "- transformers 5.23 with GPTQModel" in card
     assert ("refuses asymmetric codes" in card) != sym, "a card says no more than tests/interop shows"
+    assert ("in fp32 on a CPU, leaves their zero points out" in card) != sym
     assert "AutoGPTQ" not in card, "which leaves a tied embedding out"
     assert "| exact match | 97\\|1 % |" in card
     assert f"{4 if bits == 3 else bits} bits, groups of 32 inputs, {'symmetric' if sym else 'asymmetric'}" in card

@@ -202,3 +202,28 @@ def _copy(source: Path, out: Path) -> Path:
     for path in source.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     return out
+
+
+WIDTHS: list[tuple[int, dict[str, Any]]] = [
+    (320, {"hidden": 320, "heads": 5, "kv_heads": 1, "head_dim": 64}),  # also the queries' width
+    (288, {"hidden": 288, "heads": 6, "kv_heads": 2, "head_dim": 48, "ffn": 64}),
+    (320, {"hidden": 64, "head_dim": 16, "ffn": 320}),
+    (320, {"hidden": 80, "heads": 20, "kv_heads": 20, "head_dim": 16}),  # keys and values
+    (512, {"hidden": 64, "heads": 64, "kv_heads": 32, "head_dim": 8}),  # keys and values once they are padded
+    (289, {"hidden": 288, "heads": 6, "kv_heads": 3, "head_dim": 48}),
+]
+
+
+@pytest.mark.parametrize("last_logits", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("vocab", "shape"), WIDTHS)
+def test_a_vocabulary_as_large_as_a_width_is_no_matter(
+    tmp_path: Path, vocab: int, shape: dict[str, Any], tied: bool, last_logits: bool
+) -> None:
+    source = tiny_checkpoint(tmp_path / "plain", vocab=vocab, tied=tied, layers=1, **shape)
+    exported(source, tmp_path / "onnx", last_logits=last_logits)
+    prompts = [[token % vocab for token in ids] for ids in PROMPTS]
+    found = parity.difference(tmp_path / "onnx", prompts, parity.torch_logits(source, prompts), threads=1)
+    assert found.relative < EXACT
+    settings = json.loads((tmp_path / "onnx" / "genai_config.json").read_text(encoding="utf-8"))
+    assert settings["model"]["vocab_size"] == vocab

@@ -184,7 +184,7 @@ def test_logits_are_the_same(
     sources: dict[str, Path], prompts: dict[str, list[list[int]]], answers: dict[str, Any], name: str, tolerance: float
 ) -> None:
     needed(name, sources, answers)
-    wanted = torch_logits(sources[name], prompts[name])
+    wanted = list(torch_logits(sources[name], prompts[name]))
     found = [answers[f"{name}/logits{number}"] for number in range(len(wanted))]
     largest = max(float(np.abs(logits).max()) for logits in wanted)
     assert all(np.isfinite(logits).all() for logits in found)
@@ -209,7 +209,7 @@ def test_perplexity_on_real_text_is_the_same(
     sources: dict[str, Path], prompts: dict[str, list[list[int]]], answers: dict[str, Any], name: str, tolerance: float
 ) -> None:
     needed(name, sources, answers)
-    ours = perplexity(torch_logits(sources[name], prompts[name]), prompts[name])
+    ours = perplexity(list(torch_logits(sources[name], prompts[name])), prompts[name])
     theirs = perplexity([answers[f"{name}/logits{n}"] for n in range(len(prompts[name]))], prompts[name])
     print(f"{name}: {ours:.4f} in torch, {theirs:.4f} in llama.cpp")
     assert ours < 5, "a model that knows the text"

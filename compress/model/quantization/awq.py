@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compress.model.layers import attention, linears
+from compress.model.quantization.halves import FP16_SCALE_BITS
 from compress.model.quantization.packing import QuantizedLinear, dequantize
 from compress.model.quantization.rtn import round_to_nearest
 
@@ -145,6 +146,7 @@ def round_clipped(
     sym: bool = True,
     clip_steps: int = 20,
     levels: Sequence[int] | None = None,
+    scale_bits: int = FP16_SCALE_BITS,
 ) -> QuantizedLinear:
     """Round ``weight`` (out, in) to nearest with groups clipped where that changes the outputs less.
 
@@ -152,6 +154,7 @@ def round_clipped(
     whole error d H d', so that no row is worse than without.
     """
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "levels": levels}
+    options["scale_bits"] = scale_bits
     plain = round_to_nearest(weight, **options)
     clipped = round_to_nearest(weight, clip_steps=clip_steps, moment=moment, **options)
     errors = []

@@ -14,6 +14,7 @@ from compress.context import StageContext, StageResult
 from compress.model.layers import linear_path
 from compress.model.quantization import gptq_stage, streaming
 from compress.model.quantization.awq import round_clipped, scale_layer
+from compress.model.quantization.halves import halved
 from compress.model.quantization.hessians import size_and_moment
 from compress.model.quantization.layout import PLAIN
 from compress.model.quantization.packing import dequantize
@@ -57,7 +58,7 @@ def scaled(
     def rounding(name: str, weight: torch.Tensor) -> torch.Tensor:
         spec = specs[linear_path(index, name)]
         if spec.bits == PLAIN:
-            return weight.to(torch.float16).float()
+            return halved(weight, linear_path(index, name))
         return dequantize(*round_to_nearest(weight, group_size=spec.group_size, **grid_of(spec, 0)))
 
     def measured() -> Iterator[tuple[tuple[str, ...], torch.Tensor, torch.Tensor]]:

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 
+from compress.model.quantization.halves import FP16_SCALE_BITS
 from compress.model.quantization.packing import QuantizedLinear, dequantize, nearest_offsets, quantize
 from compress.model.quantization.rtn import round_to_nearest, span_grid
 
@@ -27,6 +28,7 @@ def clip_quantize(
     sym: bool = False,
     steps: int = STEPS,
     smallest: float = SMALLEST,
+    scale_bits: int = FP16_SCALE_BITS,
 ) -> QuantizedLinear:
     """Round ``weight`` (O, I) to nearest on the clipped grids of least output error.
 
@@ -35,7 +37,7 @@ def clip_quantize(
     choose. No steps: rounding to nearest.
     """
     work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    layer = round_to_nearest(work, bits=bits, group_size=group_size, sym=sym)
+    layer = round_to_nearest(work, bits=bits, group_size=group_size, sym=sym, scale_bits=scale_bits)
     if steps < 1:
         return layer
     scales, zero_points = layer.scales.clone(), layer.zero_points.clone()
@@ -51,7 +53,7 @@ def clip_quantize(
         low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
         best = _cost(errors[:, members], own, beside)
         for below, above in pairs[1:]:
-            scale, zero_point = span_grid(low * below, high * above, bits=bits, sym=sym)
+            scale, zero_point = span_grid(low * below, high * above, bits=bits, sym=sym, scale_bits=scale_bits)
             step, zero = scale.to(work.dtype)[:, None], zero_point.to(work.dtype)[:, None]
             tried = nearest_offsets(values / step, zero, bits=bits).mul_(step).sub_(values)
             cost = _cost(tried, own, beside)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compress.model.quantization.halves import FP16_SCALE_BITS
 from compress.model.quantization.packing import QuantizedLinear, dequantize, group_index, nearest_offsets
 from compress.model.quantization.rtn import fit, round_to_nearest
 
@@ -55,15 +56,16 @@ def gptq_quantize(
     block_size: int = 128,
     clip_steps: int = 0,
     levels: Sequence[int] | None = None,
+    scale_bits: int = FP16_SCALE_BITS,
 ) -> GptqResult:
     """Quantize ``weight`` (out, in) so that outputs on inputs of second moment ``hessian`` (in, in) change least.
 
     ``hessian`` is a (weighted) mean of x x'; its overall factor has no effect. ``act_order`` takes the inputs of
     largest second moment first: with ``keep_groups`` within each group and groups by their mean, so that groups
     stay contiguous and need no index at run time; without it over all inputs, which mixes the groups (``g_idx``).
-    ``clip_steps`` searches the clip of each group and ``levels`` restricts its grid, see `rtn.fit`. Works in fp64 for
-    fp64 weights, else in fp32; the Hessian is always factored in fp64. Where it cannot be, even damped, the weights
-    are rounded to nearest and ``fell_back`` is set.
+    ``clip_steps`` searches the clip of each group, ``levels`` and ``scale_bits`` restrict its grid, see `rtn.fit`.
+    Works in fp64 for fp64 weights, else in fp32; the Hessian is always factored in fp64. Where it cannot be, even
+    damped, the weights are rounded to nearest and ``fell_back`` is set.
     """
     work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     diagonal = hessian.diagonal().double()
@@ -71,6 +73,7 @@ def gptq_quantize(
     order, groups = processing_order(diagonal, group_size=group_size, act_order=act_order, keep_groups=keep_groups)
     factor, used, retries = inverse_factor(hessian[order][:, order], damp_frac)
     grid: dict[str, Any] = {"bits": bits, "sym": sym, "clip_steps": clip_steps, "levels": levels}
+    grid["scale_bits"] = scale_bits
     if factor is None:
         layer = round_to_nearest(work, group_size=group_size, **grid)
         return GptqResult(layer, damp_frac=used, retries=retries, fell_back=True, dead=dead)

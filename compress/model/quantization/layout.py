@@ -24,7 +24,7 @@ class LinearSpec:
     """How one linear is quantized: ``bits`` of its grid (16: not at all), ``group_size`` (-1: a row), ``sym``.
 
     ``nf3``: the eight levels of 3 bits lie as a normal distribution's quantiles instead of evenly. ``elastic``: the
-    four levels of 2 bits lie between the codes that 2 bits can store.
+    four levels of 2 bits lie between the codes that 2 bits can store. ``scale_bits`` are significant bits of a scale.
     """
 
     bits: int
@@ -32,6 +32,7 @@ class LinearSpec:
     sym: bool
     nf3: bool = False
     elastic: bool = False
+    scale_bits: int = 11  # of fp16
 
     @property
     def stored_bits(self) -> int:

@@ -38,6 +38,7 @@ from compress.model.quantization import gptq_stage
 from compress.model.quantization.blocks import EMBEDDING, HEAD
 from compress.model.quantization.clipping import STEPS as CLIP_STEPS
 from compress.model.quantization.clipping import clip_quantize
+from compress.model.quantization.halves import halved
 from compress.model.quantization.layout import PLAIN
 from compress.model.quantization.measuring import Check
 from compress.model.quantization.params import QatParams
@@ -94,7 +95,7 @@ def quantize(params: QatParams, ctx: StageContext) -> StageResult:
         model = build(job, parts, blocks)
         notes = [] if lesson is None else _train(job, params, model, lesson, figures)
     trained = parts_of(job, model, parts, "trained")
-    norm = model.model.norm.weight.detach().cpu() if params.train_norms else None
+    norm = halved(model.model.norm.weight.detach().cpu())  # as it will be stored
     after = measure(job, trained, rows, norm)
     result = finish(job, trained, before | after | figures, norm=norm)
     for phase in ("whole", "scales"):
@@ -128,6 +129,7 @@ def start_codes(step: Step, params: QatParams) -> dict[str, Solved]:
                 group_size=spec.group_size,
                 sym=spec.sym,
                 steps=0 if unclipped else CLIP_STEPS,
+                scale_bits=spec.scale_bits,
             )
         share = gptq_stage.output_share(weight, layer, step.moment)
         found[path] = Solved(layer, {"linear": path, "error": share})
@@ -223,7 +225,7 @@ def freeze_codes(model: nn.Module) -> None:
             module.log_step.requires_grad_(True)
 
 
-def measure(job: Job, parts: Parts, rows: Rows, norm: torch.Tensor | None) -> dict[str, Any]:
+def measure(job: Job, parts: Parts, rows: Rows, norm: torch.Tensor) -> dict[str, Any]:
     """Return loss and divergence of finished parts on the check rows."""
     stream, check = job.stream, Check(job.stream, rows.check)
     outer, _ = parts.load_outer()

@@ -30,6 +30,7 @@ from compress.model.layers import (
     output_head,
 )
 from compress.model.quantization.blocks import EMBEDDING, HEAD, BlockStream
+from compress.model.quantization.halves import halved
 from compress.model.quantization.hessians import position_weights
 from compress.model.quantization.layout import PLAIN
 from compress.model.quantization.packing import QuantizedLinear
@@ -69,7 +70,7 @@ def put_starts(
     for name, linear in linears(layer).items():
         spec = job.layout.linears[linear_path(index, name)]
         if spec.bits == PLAIN:
-            linear.weight.data = linear.weight.data.to(torch.float16).float()
+            linear.weight.data = halved(linear.weight.data, linear_path(index, name))
             continue
         latent, grid = starts[name]
         rule = params.rule_of(spec.bits, sym=spec.sym)

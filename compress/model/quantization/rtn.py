@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compress.errors import ModelError
+from compress.model.quantization.halves import FP16_SCALE_BITS
 from compress.model.quantization.packing import QuantizedLinear, group_index, nearest_offsets, quantize
 
 SMALLEST_CLIP = 0.35  # of the range; a 2-bit grid gains down to about here, a 4-bit grid stops near 0.7
@@ -30,6 +31,7 @@ def fit(
     clip_steps: int = 0,
     importance: torch.Tensor | None = None,
     levels: Sequence[int] | None = None,
+    scale_bits: int = FP16_SCALE_BITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale (out,) fp16 and zero point (out,) uint8 of one group, ``values`` (out, inputs of the group).
 
@@ -40,19 +42,20 @@ def fit(
     M (inputs, inputs). A symmetric grid has one step less above zero than below, so that its shares begin
     where the upper half alone spans the values. Zero is always on the grid, so that padding and pruned weights
     stay zero. With ``levels``, such as `NF3`, the grid is those multiples of the scale alone, as offsets from zero
-    point 8.
+    point 8. A scale has at most ``scale_bits`` significant bits.
 
     An asymmetric zero point is at least 1: stored as zero - 1 in the GPTQ layout it would wrap around at 0, and
     readers disagree about that. A group of zeros gets scale 1. Raises ModelError when a scale exceeds fp16.
     """
     low, high = values.amin(dim=1).clamp(max=0), values.amax(dim=1).clamp(min=0)
     if clip_steps < 1:
-        return span_grid(low, high, bits=bits, sym=sym, levels=levels)
+        return span_grid(low, high, bits=bits, sym=sym, levels=levels, scale_bits=scale_bits)
     top = (1 << bits) - 1
     largest = top / (top - 1) if sym and levels is None else 1.0
     shares = torch.cat([torch.ones(1), torch.linspace(largest, SMALLEST_CLIP, clip_steps + 1)]).to(values.dtype)
     spans = shares.unsqueeze(1)  # (shares, 1); the first is the whole range
-    scales, zero_points = span_grid(low * spans, high * spans, bits=bits, sym=sym, levels=levels)  # (shares, out)
+    grid: dict[str, Any] = {"bits": bits, "sym": sym, "levels": levels, "scale_bits": scale_bits}
+    scales, zero_points = span_grid(low * spans, high * spans, **grid)  # (shares, out)
     scale, zero_point = scales[0], zero_points[0]
     best = _error(values, (scale, zero_point), bits, importance, levels)
     for tried in zip(scales[1:], zero_points[1:], strict=True):
@@ -64,31 +67,40 @@ def fit(
 
 
 def span_grid(
-    low: torch.Tensor, high: torch.Tensor, *, bits: int, sym: bool, levels: Sequence[int] | None = None
+    low: torch.Tensor,
+    high: torch.Tensor,
+    *,
+    bits: int,
+    sym: bool,
+    levels: Sequence[int] | None = None,
+    scale_bits: int = FP16_SCALE_BITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zero points of the grids that span ``low`` <= 0 <= ``high``, all of one shape."""
     if levels is not None:
-        scale = _half(torch.maximum(low / levels[0], high / levels[-1]))
+        scale = _scale(torch.maximum(low / levels[0], high / levels[-1]), scale_bits)
         return scale, torch.full(low.shape, 8, dtype=torch.uint8)
     top, middle = (1 << bits) - 1, 1 << (bits - 1)
     if sym:
-        scale = _half(2 * torch.maximum(-low, high) / top)
+        scale = _scale(2 * torch.maximum(-low, high) / top, scale_bits)
         return scale, torch.full(low.shape, middle, dtype=torch.uint8)
-    scale = _half((high - low) / top)
+    scale = _scale((high - low) / top, scale_bits)
     zero_point = torch.round(-low / scale.to(low.dtype)).clamp(0, top)
     # nothing below -scale / 2: the zero point moves up by one and the rest has one step less
-    scale = torch.where(zero_point < 1, _half(high / (top - 1)), scale)
+    scale = torch.where(zero_point < 1, _scale(high / (top - 1), scale_bits), scale)
     zero_point = torch.where((low == 0) & (high == 0), middle, zero_point.clamp(min=1))
     return scale, zero_point.to(torch.uint8)
 
 
-def _half(scale: torch.Tensor) -> torch.Tensor:
-    """Round positive scales up to fp16; zero becomes one."""
+def _scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round positive scales up to fp16 numbers of at most ``bits`` significant bits; zero becomes one."""
     rounded = scale.to(torch.float16)
-    if not bool(torch.isfinite(rounded).all()):
-        raise ModelError("weights", f"a scale of {float(scale.max()):.3g}", "at most 65504, what 16 bits hold")
     below = rounded.to(scale.dtype) < scale
     rounded = (rounded.view(torch.int16) + below.to(torch.int16)).view(torch.float16)  # the next larger number
+    if bits < FP16_SCALE_BITS:
+        part, exponent = torch.frexp(rounded.float())
+        rounded = torch.ldexp((part * (1 << bits)).ceil(), exponent - bits).to(torch.float16)
+    if not bool(torch.isfinite(rounded).all()):
+        raise ModelError("weights", f"a scale of {float(scale.max()):.3g}", "at most 65504, what 16 bits hold")
     return torch.where(scale > 0, rounded, torch.ones_like(rounded))
 
 
@@ -115,6 +127,7 @@ def round_to_nearest(
     sym: bool = True,
     clip_steps: int = 0,
     levels: Sequence[int] | None = None,
+    scale_bits: int = FP16_SCALE_BITS,
     moment: torch.Tensor | None = None,
 ) -> QuantizedLinear:
     """Quantize ``weight`` (out, in) by rounding each value to the nearest point of its group's grid.
@@ -127,6 +140,7 @@ def round_to_nearest(
     size = inputs if group_size == -1 else min(group_size, inputs)
     whole = inputs // size
     options: dict[str, Any] = {"bits": bits, "sym": sym, "clip_steps": clip_steps, "levels": levels}
+    options["scale_bits"] = scale_bits
     if moment is None:
         parts = [weight[:, : whole * size].reshape(rows * whole, size)]  # every group of every row at once
         if inputs % size:

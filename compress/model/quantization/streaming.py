@@ -28,6 +28,7 @@ from compress.model.distillation.resume import kept_choice
 from compress.model.distillation.settings import choose_bf16
 from compress.model.layers import linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD, NORM, BlockStream, read_tensor, tensor_files
+from compress.model.quantization.halves import half, halved, scale_bits
 from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
 from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose, untied_by
 from compress.model.quantization.measuring import Check, bits_per_weight
@@ -39,6 +40,7 @@ from compress.model.quantization.writing import (
     OUTER_FILE,
     Parts,
     Report,
+    halve_rest,
     outer_tensors,
     save_json,
     save_tensors,
@@ -253,15 +255,17 @@ class _Pass:
             outer[HEAD], reports = self.head(plain, states, weights)
         head = embedding if layout.tied else outer_values(outer[HEAD], plain)
         self.parts.save_outer(outer, reports)
-        found = check.end(plain, head)
+        found = check.end(plain, head, norm=halved(stream.tensor(NORM), NORM))
         save_json(found, done)
         return found
 
     def block(self, index: int, layer: nn.Module, states: States, weights: Sequence[torch.Tensor]) -> None:
         """Quantize one layer, or take over what an earlier run left, and take ``states`` through it.
 
-        ``layer`` then has the quantized weights.
+        ``layer`` then has the quantized weights. Norms and biases are those that will be stored from the start, so that
+        a resumed run sees the same.
         """
+        halve_rest(index, layer)
         if self.parts.has(index):
             for plain in states[1:]:
                 self.advance(layer, plain)
@@ -271,6 +275,7 @@ class _Pass:
         # a prepared layer gives the plain states what this one gives, but for rounding: they go through this one
         untouched = copy.deepcopy(layer) if self.prepare is not None and len(states) > 1 else None
         found = {} if self.prepare is None else self.prepare(index, layer, states[0], weights)
+        halve_rest(index, layer)
         done, reports = self.linears(index, layer, states, weights)
         if untouched is not None:
             self.advance(untouched, states[1])
@@ -331,7 +336,7 @@ class _Pass:
         for name, spec in specs.items():
             if spec.bits == PLAIN:  # what the checkpoint will hold is what the next step sees
                 linear = linears(layer)[name]
-                linear.weight.data = linear.weight.data.to(torch.float16).float()
+                linear.weight.data = halved(linear.weight.data, linear_path(index, name))
         if not coded:
             return {}
         weights = {path: self.aim(linears(layer)[name].weight.data, moments) for path, name in coded.items()}
@@ -360,7 +365,7 @@ class _Pass:
         moments: Moments = (
             paired_moments(normed[0], normed[1], weights) if normed[1:] else (second_moment(normed[0], weights), None)
         )
-        spec = LinearSpec(layout.lm_head_bits, layout.group_size, self.job.params.sym)
+        spec = outer_spec(plain, self.job, layout.lm_head_bits)
         solved = self.solver(Step({name: self.aim(plain, moments)}, {name: spec}, moments[0]))[name]
         return solved.layer, [solved.report]
 
@@ -371,20 +376,26 @@ def rounded(weight: torch.Tensor, spec: LinearSpec, params: RtnParams) -> Quanti
 
 
 def grid_of(spec: LinearSpec, clip_steps: int) -> dict[str, Any]:
-    """Return what the quantizing functions are told of a grid: bits, sym, clip_steps and levels."""
+    """Return what the quantizing functions are told of a grid: bits, sym, clip_steps, levels and scale_bits."""
     steps = clip_steps if spec.bits < 8 else 0  # at 8 bits no clip is better than the whole range
-    return {"bits": spec.bits, "sym": spec.sym, "clip_steps": steps, "levels": NF3 if spec.nf3 else None}
+    grid: dict[str, Any] = {"bits": spec.bits, "sym": spec.sym, "clip_steps": steps}
+    return grid | {"levels": NF3 if spec.nf3 else None, "scale_bits": spec.scale_bits}
+
+
+def outer_spec(weight: torch.Tensor, job: Job, bits: int) -> LinearSpec:
+    """Return how embedding or head are quantized: so that 16 bits hold the values of their codes exactly."""
+    sym = job.params.sym
+    return LinearSpec(bits, job.layout.group_size, sym, scale_bits=scale_bits(weight, bits=bits, sym=sym))
 
 
 def outer_codes(weight: torch.Tensor, job: Job, bits: int) -> QuantizedLinear | None:
     """Round the embedding or head; None at 16 bits."""
-    spec = LinearSpec(bits, job.layout.group_size, job.params.sym)
-    return None if bits == PLAIN else rounded(weight, spec, job.params)
+    return None if bits == PLAIN else rounded(weight, outer_spec(weight, job, bits), job.params)
 
 
 def outer_values(layer: QuantizedLinear | None, plain: torch.Tensor) -> torch.Tensor:
     """Return the fp32 values of embedding or head that the checkpoint will hold."""
-    return plain.to(torch.float16).float() if layer is None else dequantize(*layer)
+    return halved(plain) if layer is None else dequantize(*layer)
 
 
 def finish(
@@ -397,7 +408,7 @@ def finish(
     ctx, stream, layout = job.ctx, job.stream, job.layout
     outer, reports = parts.load_outer()
     codes: dict[str, torch.Tensor] = {}
-    whole: dict[str, torch.Tensor] = {NORM: stream.tensor(NORM) if norm is None else norm}
+    whole = {NORM: half(stream.tensor(NORM) if norm is None else norm, NORM)}
     for name, layer in outer.items():
         tensors = outer_tensors(name, layer, stream.tensor(name))
         whole |= tensors["model.safetensors"]

@@ -2,8 +2,8 @@
 
 A finished layer is a file of its own (`Parts`), which a later run takes over; `join` puts the files into one
 ``model.safetensors`` without holding them, and `write_folder` writes everything. ``model.safetensors`` holds embedding
-and head as the exact values of their codes, because the format has no place for a quantized embedding; `OUTER_FILE`
-holds the codes, which the ONNX export uses. Knows nothing of calibration.
+and head as the exact values of their codes in 16 bits, because the format has no place for a quantized embedding;
+`OUTER_FILE` holds the codes, which the ONNX export uses. Knows nothing of calibration.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from compress.errors import ModelError
 from compress.model.checkpoint import GENERATION_FILE, METADATA_FILE, copy_tokenizer, declare_ends, write_json
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
+from compress.model.quantization.halves import FP16_MOST, exact_half, half
 from compress.model.quantization.layout import Layout, quantization_config
 from compress.model.quantization.packing import QuantizedLinear, dequantize, pack_layer, read_layer
 from compress.model.quantization.params import RtnParams
@@ -37,7 +39,7 @@ _COPY_BYTES = 1 << 24
 class Parts:
     """The finished layers of one pass, one file each in ``folder``; a file that is there is whole.
 
-    What becomes of a linear: its codes, or fp16 where the layout leaves it alone.
+    What becomes of a linear: its codes, or 16 bits where the layout leaves it alone. All else has 16 bits too.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
@@ -54,7 +56,7 @@ class Parts:
     def save(
         self, index: int, layer: nn.Module, done: Mapping[str, QuantizedLinear], reports: Sequence[Report]
     ) -> None:
-        """Write a layer: codes of the linears ``done`` (name -> codes), all else of ``layer`` as it is.
+        """Write a layer: codes of the linears ``done`` (name -> codes), all else of ``layer`` in 16 bits.
 
         ``layer`` then has the weights that the file stands for.
         """
@@ -66,11 +68,9 @@ class Parts:
                 tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in packed.items()}
                 linear.weight.data = dequantize(*done[name])
             else:
-                tensors[f"{path}.weight"] = linear.weight.data.to(torch.float16)
+                tensors[f"{path}.weight"] = half(linear.weight.data, path)
                 linear.weight.data = tensors[f"{path}.weight"].float()
-        weights = {f"{linear_path(index, name)}.weight" for name in LINEARS}
-        others = {f"model.layers.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
-        tensors |= {name: tensor.contiguous() for name, tensor in others.items() if name not in weights}
+        tensors |= halve_rest(index, layer)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, self.path(index), note=json.dumps(list(reports)))
 
@@ -131,17 +131,35 @@ class Parts:
         return outer, list(note["reports"])
 
 
+def halve_rest(index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Round all but the weights of the linears in ``layer`` to 16 bits in place; return what is to be stored, by name.
+
+    Doing it twice changes nothing.
+    """
+    weights = {f"{linear_path(index, name)}.weight" for name in LINEARS}
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in layer.state_dict().items():
+        path = f"model.layers.{index}.{name}"
+        if path not in weights:
+            stored[path] = half(tensor, path).contiguous()
+            tensor.copy_(stored[path])
+    return stored
+
+
 def outer_tensors(name: str, layer: QuantizedLinear | None, plain: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
     """Return what goes into the two files for the embedding or head ``name``: file name -> tensors.
 
-    Quantized: its exact values (V, hidden) fp32, and codes (V, hidden) uint8, scales (V, groups) fp16 and
-    zero_points (V, groups) uint8 beside them. Not quantized (``layer`` None): fp16.
+    Quantized: its exact values (V, hidden) in 16 bits, and codes (V, hidden) uint8, scales (V, groups) fp16 and
+    zero_points (V, groups) uint8 beside them. Not quantized (``layer`` None): rounded to 16 bits. Raises ModelError
+    where 16 bits cannot hold them.
     """
     if layer is None:
-        return {"model.safetensors": {name: plain.to(torch.float16)}, OUTER_FILE: {}}
-    prefix = OUTER_NAMES[name]
+        return {"model.safetensors": {name: half(plain, name)}, OUTER_FILE: {}}
+    prefix, values = OUTER_NAMES[name], exact_half(dequantize(*layer))
+    if values is None:
+        raise ModelError(name, "values of codes that 16 bits do not hold", "smaller ones", f"Set {prefix}_bits: 16")
     return {
-        "model.safetensors": {name: dequantize(*layer)},
+        "model.safetensors": {name: values},
         OUTER_FILE: {f"{prefix}.{key}": tensor.contiguous() for key, tensor in zip(PARTS, layer, strict=True)},
     }
 
@@ -204,6 +222,16 @@ def _width(kind: str) -> int:
     return int(digits or 8) // 8
 
 
+def _dtype(parts: Sequence[Path]) -> str:
+    """Return float16, the number format of the GPTQ world; bfloat16 where a value of ``parts`` would overflow in it."""
+    for part in parts:
+        with safe_open(str(part), framework="pt") as file:
+            wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "BF16"]  # noqa: SIM118
+            if any(float(file.get_tensor(name).abs().max()) > FP16_MOST for name in wide):
+                return "bfloat16"
+    return "float16"
+
+
 def write_folder(
     out: Path,
     *,
@@ -219,7 +247,7 @@ def write_folder(
     new = dict(config) | {
         "intermediate_size": layout.ffn,
         "quantization_config": quantization_config(layout, params),
-        "dtype": "float16",  # what readers of this format compute in; our own reads all as fp32
+        "dtype": _dtype(parts),  # what readers of this format compute in; our own reads all as fp32
     }
     new.pop("torch_dtype", None)
     out.mkdir(parents=True, exist_ok=True)

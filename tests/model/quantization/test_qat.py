@@ -23,6 +23,7 @@ from compress.model.distillation.packing import RowTable
 from compress.model.distillation.trainer import train
 from compress.model.layers import decoder_layers, linears
 from compress.model.quantization import gptq_stage, qat_stage
+from compress.model.quantization.halves import halved
 from compress.model.quantization.params import GptqParams, QatParams, RtnParams
 from compress.model.quantization.qat_student import build
 from compress.model.quantization.quantizers import FakeQuantLinear
@@ -105,6 +106,9 @@ def test_the_folder_is_the_trained_model_exactly(
     opened, trained = load_model(tmp_path / "out"), made[0]
     ids = torch.arange(5, 45).view(2, 20)
     with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "norm" in name or name.endswith(".bias"):  # in 16 bits, as measured
+                parameter.copy_(halved(parameter))
         assert torch.equal(opened(input_ids=ids).logits, trained(input_ids=ids).logits)
     modules = [m for layer in decoder_layers(trained) for m in linears(layer).values()]
     assert sum(isinstance(m, FakeQuantLinear) for m in modules) == 14 - 2 * bool(kind.get("ignore"))
