@@ -155,7 +155,7 @@ def _meta(fields: dict[str, Any], said: list[str]) -> tuple[dict[str, Any], tupl
         given = parse_json(given, "meta")
     if given is not None and not isinstance(given, dict):
         raise RecordError(f"meta is a {kind(given)}", "an object")
-    meta = _plain_column("meta", given or {}, said)
+    meta = _plain_column("meta", given or {}, said, depth=0)
     if not _are_scores(meta.get(SCORES, {})):
         meta[_free(SCORES, meta)] = meta.pop(SCORES)
     left = {name: value for name, value in fields.items() if name not in KNOWN or value not in ("", [], {})}
@@ -164,14 +164,14 @@ def _meta(fields: dict[str, Any], said: list[str]) -> tuple[dict[str, Any], tupl
         key = plain_text(name, said)
         if key in meta or key == SCORES:  # a stage's scores, or meta's own: neither is written over
             key = _free(key, meta)
-        meta[key] = _plain_column(name, value, said)
+        meta[key] = _plain_column(name, value, said, depth=1)
         kept.append(key)
     return meta, tuple(kept)
 
 
-def _plain_column(name: str, value: object, said: list[str]) -> Any:
+def _plain_column(name: str, value: object, said: list[str], *, depth: int) -> Any:
     try:
-        return plain_json(value, said)
+        return plain_json(value, said, depth)
     except RecordError as error:
         raise RecordError(f"{shown(name)}: {error.got}", error.allowed, error.do) from None
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from compress.data.arrow_records import doubled, records
 from compress.data.hub_rows import SPLITS, dataset_records, is_saved, open_dataset, source_name
-from compress.data.plain import DEEPEST, RecordError, plain_text, shown
+from compress.data.plain import DEEPEST, RecordError, plain_json, plain_text, shown
 from compress.data.records import CANONICAL, parse_record
 from compress.data.turns import Message
 from compress.errors import DataError
@@ -238,7 +238,8 @@ def _stored_json(text: str | None, where: str) -> Any:
     try:
         value = json.loads(text or "", parse_constant=_no_constant)
         if UNUSUAL.search(text or "") or (text or "").count("{") + (text or "").count("[") > DEEPEST:
-            canonical_json(value).encode()  # what we never write, and could not write again
+            plain_json(value, [])  # nested deeper than we write
+            canonical_json(value).encode()  # what we could not write again
     except (ValueError, RecursionError):
         raise _damaged(where, f"{shown(text)!r} is not JSON" if text else "empty") from None
     return value
