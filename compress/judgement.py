@@ -14,7 +14,16 @@ from dataclasses import replace
 from compress.assessment_params import GateParams
 from compress.context import StageContext, StageResult
 from compress.run_record import GateRecord, Ledger, LedgerEntry, LimitRecord
-from compress.scores import Scores, as_measure, difference, higher_is_better, measure, ratio, read_scores
+from compress.scores import (
+    Scores,
+    as_measure,
+    difference,
+    higher_is_better,
+    measure,
+    on_shared_rows,
+    ratio,
+    read_scores,
+)
 from evaluators.gate import Limit, LimitResult, Measured
 from evaluators.gate import judge as hold
 
@@ -117,7 +126,9 @@ def judge(params: GateParams, ctx: StageContext) -> StageResult:
 
     The inputs are the slots ``evaluation.NN.STEP``; their order is the order of the steps.
     """
-    scores = [(slot.split(".", 2)[2], read_scores(ctx.inputs[slot])) for slot in sorted(ctx.inputs)]
+    slots = sorted(ctx.inputs)
+    shared, lost = on_shared_rows([read_scores(ctx.inputs[slot]) for slot in slots])
+    scores = [(slot.split(".", 2)[2], these) for slot, these in zip(slots, shared, strict=True)]
     limits = [Limit(limit.metric, *limit.comparison) for limit in params.limits]
     metric = ledger_metric(limits, scores)
     ledger = build_ledger(scores, metric, seed=ctx.seed, samples=params.samples, level=params.level)
@@ -130,4 +141,6 @@ def judge(params: GateParams, ctx: StageContext) -> StageResult:
     }
     metrics = {"ledger": ledger, "gate": gate}
     (ctx.out / FILE).write_text(json.dumps(metrics, sort_keys=True, indent=1) + "\n", encoding="utf-8")
-    return StageResult(metrics={"passed": verdict.passed, "limits": len(limits), "most_lost": ledger["most_lost"]})
+    told = {"passed": verdict.passed, "limits": len(limits), "most_lost": ledger["most_lost"], "rows_left_out": lost}
+    notes = [f"{lost} rows that not every model was measured on are left out on all sides"] if lost else []
+    return StageResult(metrics=told, notes=notes)

@@ -103,6 +103,24 @@ def read_scores(folder: Path) -> Scores:
     return scores
 
 
+def on_shared_rows(scores: Sequence[Scores]) -> tuple[list[Scores], int]:
+    """The scores on rows that every subject with the metric was measured on, and how many rows that leaves out.
+
+    What one model could not be asked says nothing of another: it is left out on all sides.
+    """
+    kept = [Scores(each.subject, each.parameters, each.bytes) for each in scores]
+    lost: set[str] = set()
+    for name in dict.fromkeys(name for each in scores for name in each.metrics):
+        told = [(old, new) for old, new in zip(scores, kept, strict=True) if name in old.sums]
+        shared = set.intersection(*(set(old.ids[name]) for old, _ in told))
+        for old, new in told:
+            at = [place for place, row in enumerate(old.ids[name]) if row in shared]
+            lost |= set(old.ids[name]) - shared
+            if at:
+                new.add(name, [old.ids[name][place] for place in at], old.sums[name][at], old.weights[name][at])
+    return kept, len(lost)
+
+
 def _value(metric: str, sums: float | Array, weights: float | Array) -> float | Array:
     ratio = sums / weights
     return np.exp(ratio) if metric in EXPONENTIAL else ratio

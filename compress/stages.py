@@ -351,7 +351,7 @@ STAGES: tuple[Stage, ...] = (
         "gate",
         "compress.assessment_params:GateParams",
         "compress.judgement:judge",
-        version=2,
+        version=3,
         reads=("evaluations",),
         writes="verdict",
         summary="paired bootstrap against the teacher, the loss ledger, the verdict",

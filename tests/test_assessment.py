@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from compress.assessment import Subject, evaluate, evaluate_model, evaluate_teacher, sample, score_row
 from compress.assessment_params import EvaluateParams, GateParams
+from compress.assessment_rows import judged_rows
 from compress.context import StageContext, StageResult
 from compress.data.rows import Row, chat_row, make_row, write_rows
-from compress.encoding import TokenRow, encode_rows, load_tokenizer
+from compress.encoding import TokenRow, encode_prompt, encode_rows, encode_text_prompt, load_tokenizer
 from compress.errors import DataError
 from compress.judgement import judge
 from compress.progress import Progress
@@ -270,3 +272,82 @@ def test_ledger_in_perplexity_counts_a_rise_as_loss(tmp_path: Path) -> None:
 def test_limit_has_exactly_one_comparison(limit: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="exactly one of min, max, max_drop"):
         GateParams.model_validate({"limits": [limit]})
+
+
+def long_row(words: int = 200) -> Row:
+    """A request of so many words, where the tiny models have room for 256 tokens."""
+    return chat_row("dim the lights " * (words // 3), CALL)
+
+
+@pytest.mark.parametrize("task", ["function_call", "perplexity"])
+def test_a_row_that_is_too_long_is_named_and_treated_as_asked(
+    teacher: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*calls(3), long_row()]
+    ctx = context(tmp_path, rows, model=teacher)
+    limits = {"function_call": 256, "perplexity": 200}
+    values = {"tasks": [task], "max_tokens": 200, "max_new_tokens": 4}
+    told = rf"{task}: 1 of 4 test rows are longer than {limits[task]} tokens \((the context|max_tokens)\)"
+    named = f"{told} and were left out: "
+    for too_long in ("truncate", "skip"):
+        result = evaluate_model(EvaluateParams.model_validate(values | {"too_long": too_long}), ctx)
+        assert [note for note in result.notes if re.match(named + rf"row {rows[3].id} \(\d+ tokens\)", note)]
+        assert result.metrics[f"{task}_left_out"] == 1
+        assert len(read_scores(ctx.out).ids[read_scores(ctx.out).metrics[0]]) == 3
+    monkeypatch.setattr("compress.assessment.torch_runtime", None)  # the row is named before a model is opened
+    with pytest.raises(DataError, match=rf"test row {rows[3].id}: has \d+ tokens .*expected at most {limits[task]} "):
+        evaluate_model(EvaluateParams.model_validate(values | {"too_long": "error"}), ctx)
+    with pytest.raises(DataError, match=r"data\.test: none of 1 rows has a token to predict within"):
+        evaluate_model(EvaluateParams.model_validate(values), context(tmp_path, rows[3:], model=teacher))
+
+
+def test_a_long_text_is_cut_to_the_shortest_context(teacher: Path, tmp_path: Path) -> None:
+    rows = [make_row(text="dim the lights " * 90), make_row(text="lock the door")]
+    for values, most in (({}, 256), ({"context_tokens": 100}, 100), ({"max_tokens": 60}, 60)):
+        ctx = context(tmp_path, rows, model=teacher, teacher=teacher)
+        params = EvaluateParams.model_validate({"tasks": ["perplexity", "agreement"], **values})
+        result = evaluate_model(params, ctx)
+        assert max(read_scores(ctx.out).weights["nll"]) == most - 1
+        assert result.metrics["perplexity_cut"] == 1
+        assert result.metrics["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
+class Elsewhere:
+    """A device that cuts every request into one token more."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, requests: Any) -> list[list[int]]:
+        return [
+            [7, *(encode_prompt(one["messages"], self.tokenizer) if "messages" in one
+                  else encode_text_prompt(one["text"], self.tokenizer))]
+            for one in requests
+        ]  # fmt: skip
+
+
+def test_prompts_that_the_device_cuts_otherwise_are_counted_and_used(teacher: Path) -> None:
+    tokenizer = load_tokenizer(teacher)
+    rows = [*calls(2), make_row(text="the hall")]
+    params = EvaluateParams(tasks=["function_call", "perplexity"])
+    found = judged_rows(rows, tokenizer, params, context=256, device=Elsewhere(tokenizer))
+    assert found.counts["rows_cut_otherwise"] == 3
+    assert found.notes[0].startswith(f"the device cuts 3 of 3 rows into other tokens than training: row {rows[0].id} (")
+    for one in found.tokens[:2]:
+        assert one.taught is not None
+        assert one.seen.ids == (7, *one.taught.ids)
+        assert one.seen.targets == one.taught.targets
+    assert found.tokens[2].taught is None, "of another cut of a text nothing can be compared token by token"
+    assert found.calls[0].seen.prompt == (7, *encode_prompt(rows[0].prompt, tokenizer))
+
+
+def test_the_gate_compares_rows_that_all_were_measured_on(tmp_path: Path) -> None:
+    teacher = scored("teacher", [1.0, 1.0, 0.0, 0.0], [4.0] * 4, parameters=6, size=24)
+    shipped = Scores("bundle", 6, 24)
+    shipped.add("exact_match", ["0", "1"], np.ones(2))
+    result, verdict = judged(
+        tmp_path, [{"metric": "exact_match", "max_drop": 0.9}], [("teacher", teacher), ("bundle", shipped)]
+    )
+    assert result.metrics["rows_left_out"] == 2
+    assert result.notes == ["2 rows that not every model was measured on are left out on all sides"]
+    assert verdict["gate"]["limits"][0]["teacher"] == 1.0
