@@ -26,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import interrupts
-from compress.errors import EdgestillError, GateFailed, UserError
+from compress.errors import EdgestillError, GateFailed, UserError, safe_to_show
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -40,7 +40,7 @@ def debugging() -> bool:
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(f"edgestill: error: {message}", file=sys.stderr)
+    print(f"edgestill: error: {safe_to_show(message)}", file=sys.stderr)
 
 
 @contextmanager
@@ -287,7 +287,7 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
         shown = f"{value + 0.0:.6g}" if isinstance(value, float) else value  # never -0
         print(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {safe_to_show(note)}")
 
 
 class Backend(StrEnum):

@@ -39,7 +39,7 @@ ALLOWED = {
     "compress.version": (),
     "compress.answers": (),
     "compress.context": ("compress.progress", "compress.teachers"),
-    "compress.progress": (),
+    "compress.progress": ("compress.errors",),
     "compress.store": ("compress.errors", "compress.files"),
     "compress.encoding": ("compress.data.rows", *SHARED),
 }  # fmt: skip
