@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from compress.data.plain import DEEPEST, RecordError, plain_json, plain_text, sh
 from compress.data.records import CANONICAL, parse_record
 from compress.data.turns import Message
 from compress.errors import DataError
+from compress.files import whole_file, write_whole
 from compress.names import is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def write_quarantine(folder: Path, items: Sequence[Quarantined]) -> None:
     if items:
         lines = [canonical_json({"where": q.where, "error": q.error, "raw": q.raw}) for q in items]
         # a file's name may hold bytes that are no UTF-8; their escape is also JSON's
-        _write_bytes(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+        write_whole(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -198,7 +198,7 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
         extra = {"source": row.source or None, "label": row.label, "meta": row.meta or None}
         record.update({name: value for name, value in extra.items() if value is not None})
         lines.append(canonical_json(record) + "\n")
-    _write_bytes(path, "".join(lines).encode())
+    write_whole(path, "".join(lines).encode())
 
 
 def _record(row: Row) -> dict[str, str | None]:
@@ -251,16 +251,8 @@ def _damaged(where: str, got: str) -> DataError:
 
 
 def _write_table(path: Path, records: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Written beside ``path`` and renamed: a kill leaves no half file under the final name."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(records, schema=schema), temporary, compression="zstd")
-    os.replace(temporary, path)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole_file(path) as stream:
+        pq.write_table(pa.Table.from_pylist(records, schema=schema), stream, compression="zstd")
 
 
 def _read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import onnx
 from compress.errors import EdgestillError, ModelError
 from compress.model.checkpoint import copy_tokenizer, quiet_transformers
 from compress.model.shapes import architecture, kv_head_count
+from compress.scratch import scratch
 from deploy.variants import LOGITS
 
 _BUILDER_ERRORS = (NotImplementedError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError)
@@ -53,10 +53,10 @@ def build(
     """
     check_attention(config, where=str(checkpoint / "config.json"))
     vocabulary = int(config["vocab_size"])
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
-        source, drawn = Path(temporary) / "model", Path(temporary) / "onnx"
+    with scratch() as temporary:
+        source, drawn = temporary / "model", temporary / "onnx"
         _write_model(checkpoint, config, source, head_size=head_size, context_tokens=context_tokens)
-        _run_builder(source, drawn, Path(temporary) / "cache", fuse_qkv=fuse_qkv)
+        _run_builder(source, drawn, temporary / "cache", fuse_qkv=fuse_qkv)
         model = onnx.load(str(drawn / "model.onnx"), load_external_data=False)
         genai_config = json.loads((drawn / "genai_config.json").read_text(encoding="utf-8"))
     (logits,) = (value for value in model.graph.output if value.name == LOGITS)
