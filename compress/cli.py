@@ -251,7 +251,7 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
         show_json({"metrics": metrics, "notes": notes})
         return
     for name, value in metrics.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
+        shown = f"{value:z.6g}" if isinstance(value, float) else value
         print(f"{name}: {shown if isinstance(value, str | int | float) else json.dumps(value)}")
     for note in notes:
         print(f"note: {note}")
