@@ -30,7 +30,18 @@ class EvaluateParams(Params):
     tasks: list[Task] = Field(default_factory=lambda: list(DEFAULT_TASKS), min_length=1, description="what to measure")
     rows: int = Field(1000, ge=1, description="test rows for the task metrics, a seeded sample of them all")
     max_new_tokens: int = Field(64, ge=1, le=4096, description="longest answer that is generated")
-    max_tokens: int = Field(512, ge=8, description="longest row, in tokens; longer text rows are cut")
+    max_tokens: int = Field(512, ge=8, description="longest row of perplexity and agreement, in tokens")
+    context_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="longest prompt and answer together that any model is given, so that all are measured on the same; "
+        "left out: in a run as the bundle's, else each model's own",
+    )
+    too_long: Literal["truncate", "skip", "error"] = Field(
+        "truncate",
+        description="a row longer than that: its text or answer loses its end, and what cannot be answered then is "
+        "left out; or it is left out; or it is an error, before anything is measured",
+    )
     perplexity_rows: int = Field(200, ge=1, description="rows for perplexity and agreement, first of the sample")
 
 

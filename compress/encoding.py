@@ -1,9 +1,9 @@
 """Rows become token ids, in one place, so that training, scoring and evaluation see the same tokens.
 
 `encode_rows` gives `TokenRow` with the prediction targets marked, `encode_prompt` what a model is asked with,
-`bare_user_prefix` the template up to the user's slot, `stop_ids` what ends an answer, `decode` the text of an
-answer, `load_tokenizer` opens a folder. `token_rows` is the one door by which the model package gets rows.
-Knows nothing of models and tensors; transformers is imported on use.
+`bare_user_prefix` the template up to the user's slot, `stop_ids` the one definition of what ends an answer, `decode`
+the text of an answer, `load_tokenizer` opens a folder. `token_rows` is the one door by which the model package gets
+rows. Knows nothing of models and tensors; transformers is imported on use.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from compress.ends import declared_ends
 from compress.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ class AskedRow:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Open the tokenizer of a model folder exactly as its ``tokenizer.json`` says; never from the network.
 
+    What the folder's configs say of the end of an answer goes with it, for `stop_ids`.
+
     Raises:
-        ModelError: there is no ``tokenizer.json``, or it cannot be read.
+        ModelError: there is no ``tokenizer.json``, or it or a config cannot be read.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -87,9 +90,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "a model folder with a fast tokenizer",
             "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    declared = declared_ends(folder)
     try:
         # not AutoTokenizer: for some model types it swaps in its own splitting rules over those of the file
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found.declared_ends = declared  # an attribute, so that copies of the tokenizer keep it
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(str(folder), f"the tokenizer cannot be read ({_first_line(error)})") from error
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -103,9 +109,10 @@ def encode_rows(
 ) -> list[TokenRow]:
     """Encode ``rows``, one `TokenRow` each and in their order.
 
-    Chats go through the chat template; what stands after the last end-of-turn token (some templates add a line
-    feed) is left off. Texts get the BOS token, when the tokenizer has one, and no EOS. With ``truncate`` a longer
-    row loses its end, possibly all of its targets (``targets`` is then 0).
+    Chats go through the chat template and end with the first of `stop_ids` behind the answer: what the template puts
+    after it (some add a line feed) is left off, and where it puts none, EOS is added. Texts get the BOS token, when the
+    tokenizer has one, and no EOS. With ``truncate`` a longer row loses its end, possibly all of its targets
+    (``targets`` is then 0).
 
     Raises:
         DataError: a row is longer than ``max_tokens``, has no answer or no text, or does not fit the template.
@@ -239,22 +246,43 @@ def bare_user_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast, role: str = "user") -> int | None:
-    """The special token that the template puts right after a message of ``role``; ``None`` when it puts none.
+    """The token of its own that the template puts behind a message of ``role``; ``None`` when it puts none.
 
-    Raises:
+    Behind a user's message it stands at once; behind an assistant's it is the first one, since what a template puts
+    before it (a line feed, say) belongs to every answer. Raises:
         ModelError: the tokenizer has no chat template.
+        DataError: the template refuses such a message.
     """
+    marks, behind = _marks(tokenizer), _behind(tokenizer, role)
+    return next((token for token in (behind[:1] if role == "user" else behind) if token in marks), None)
+
+
+def _behind(tokenizer: PreTrainedTokenizerFast, role: str) -> list[int]:
+    """Tokens of what the template puts behind a message of ``role``."""
     messages = [{"role": "user", "content": SLOT if role == "user" else "x"}]
     if role == "assistant":
         messages.append({"role": "assistant", "content": SLOT})
-    _, _, after = _render(messages, tokenizer, "template", generation=role == "user").partition(SLOT)
-    ids = _tokenize([after], tokenizer)[0]
-    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+    try:
+        text = _render(messages, tokenizer, "template", generation=role == "user")
+    except DataError:  # some templates take no conversation without a system message
+        system = {"role": "system", "content": "x"}
+        text = _render([system, *messages], tokenizer, "template", generation=role == "user")
+    return _tokenize([text.partition(SLOT)[2]], tokenizer)[0]
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of tokens that are no text: the special ones, and those added to the vocabulary that are not blanks."""
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip())
+    return special_ids(tokenizer).union(added)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Tokens that end a generation: EOS, and the template's end of an assistant turn. Sorted."""
-    found = {tokenizer.eos_token_id}
+    """Tokens that end an answer, sorted: this is what all of training, evaluation and export mean by its end.
+
+    EOS of the tokenizer; of ``config.json``, ``generation_config.json`` or a bundle's ``genai_config.json``, where
+    `load_tokenizer` opened it; and the template's end of an assistant's turn.
+    """
+    found = {tokenizer.eos_token_id, *getattr(tokenizer, "declared_ends", ())}
     if tokenizer.chat_template:
         found.add(end_of_turn(tokenizer, "assistant"))
     return tuple(sorted(token for token in found if token is not None))
@@ -281,12 +309,13 @@ def _encode_chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> li
         prefixes.append(prefix)
         wholes.append(whole)
     prefix_ids, whole_ids = _tokenize(prefixes, tokenizer), _tokenize(wholes, tokenizer)
+    ends, behind = stop_ids(tokenizer), _behind(tokenizer, "assistant")
     encoded = []
     for row, prefix, whole, before, ids in zip(rows, prefixes, wholes, prefix_ids, whole_ids, strict=True):
         rest = ids[len(before) :]
         if ids[: len(before)] != before:
             rest = _rest_apart(row.id, before, whole[len(prefix) :], ids, tokenizer)
-        rest = _without_tail(rest, tokenizer)
+        rest = _ended(rest, behind, ends, tokenizer)
         encoded.append(TokenRow(row.id, (*before, *rest), (0,) * len(before) + (1,) * len(rest)))
     return encoded
 
@@ -319,11 +348,18 @@ def _rest_apart(
     return ids
 
 
-def _without_tail(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Cut blank text after the last special token: nobody generates beyond the end of a turn."""
-    special = special_ids(tokenizer)
-    last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
-    return ids[: last + 1] if not tokenizer.decode(ids[last + 1 :]).strip() else ids
+def _ended(ids: list[int], behind: list[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """An answer up to its end; what stands ``behind`` an answer in the template is known, but may have been merged."""
+    start = len(ids) - len(behind)
+    if not behind or ids[start:] != behind:  # blanks and special tokens at the end are the template's
+        start, marks = len(ids), special_ids(tokenizer).union(ends)
+        while start and (ids[start - 1] in marks or not tokenizer.decode([ids[start - 1]]).strip()):
+            start -= 1
+    for at in range(max(start, 0), len(ids)):
+        if ids[at] in ends:
+            return ids[: at + 1]
+    end = ends[0] if ends and tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return ids if end is None else [*ids, end]
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:

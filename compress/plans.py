@@ -239,9 +239,16 @@ class _Builder:
         inputs = {"test": self.slots["test"]}
         if method != "teacher":
             inputs[slot] = self.slots[slot]
+        values = self._held_to_context() | values
         node = self.implied("evaluate", method, values, inputs, where="evaluate",
                             of="" if method != "model" else f"after {label}")  # fmt: skip
         self.evaluations[f"evaluation.{len(self.evaluations):02d}.{label}"] = node
+
+    def _held_to_context(self) -> dict[str, int]:
+        """The bundle's context, where the profile sets one: every model is measured on what it can take."""
+        export, target = self.profile.export, self.facts.target
+        context = None if export is None else export.get("context_tokens") or (target and target.context_tokens)
+        return {} if context is None else {"context_tokens": int(context)}
 
     def step(self, index: int, stage: str, method: str | None, values: Mapping[str, Any]) -> None:
         """Append one step of the profile, and the evaluation of the model when it changed."""

@@ -177,16 +177,8 @@ class LocalTeacher:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """EOS, the template's end of turn, and what ``generation_config.json`` adds. Sorted."""
-        found = set(stop_ids(self.tokenizer))
-        path = self._folder / "generation_config.json"
-        if path.is_file():
-            try:
-                more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (OSError, ValueError, AttributeError) as error:
-                raise ModelError(str(path), "cannot be read as a JSON object") from error
-            found.update(token for token in (more if isinstance(more, list) else [more]) if isinstance(token, int))
-        return tuple(sorted(found))
+        """As `compress.encoding.stop_ids`."""
+        return stop_ids(self.tokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -22,7 +22,7 @@ import onnxruntime_genai as og
 from compress.errors import DataError, ModelError
 from deploy import huge_pages
 from deploy.bundle import check_safe, open_bundle, tuned
-from deploy.bundle_runner.run import Settings
+from deploy.bundle_runner.run import NO_TOKEN, Settings
 
 
 class GenaiRunner:
@@ -31,6 +31,7 @@ class GenaiRunner:
     ``threads`` left out: as tuned, else as configured, else one a physical core.
     ``on_huge_pages`` left out: where the weights are large.
     ``session`` and ``search`` override entries of these parts of the runtime's config.
+    ``endless``: its generators never choose an end, so that whatever is timed stands in front of one.
 
     Raises:
         ModelError: the bundle is damaged or the runtime cannot open it.
@@ -46,6 +47,7 @@ class GenaiRunner:
         session: Mapping[str, Any] | None = None,
         search: Mapping[str, Any] | None = None,
         on_huge_pages: bool | None = None,
+        endless: bool = False,
     ) -> None:
         if verify:
             open_bundle(folder).need("onnx")
@@ -56,14 +58,14 @@ class GenaiRunner:
         configured = json.loads(config_file.read_text(encoding="utf-8"))
         settings = configured["model"]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
-        self.pad_id = int(settings.get("pad_token_id") or 0)
         chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
         self.folder, self.batch_size, self.threads = folder, batch_size, chosen.threads
         self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
         entries = {**chosen.config_entries, **(session or {})}
         session = {**entries, "intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
-        decoder = {"eos_token_id": [], "decoder": {"session_options": session}}
-        self._overlay = json.dumps({"model": decoder, "search": dict(search or {})})
+        given = {"pad_token_id": NO_TOKEN, "decoder": {"session_options": session}}
+        given |= {} if endless else {"eos_token_id": []}
+        self.endless, self._overlay = endless, json.dumps({"model": given, "search": dict(search or {})})
         self.model = self._open(folder)
         if on_huge_pages is None:
             weights = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
@@ -107,17 +109,12 @@ class GenaiRunner:
         return results
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the indices of prompts that run together: equal lengths, none with the pad token."""
+        """Return the indices of prompts that run together: those of equal length."""
         by_length: dict[int, list[int]] = {}
-        batches: list[list[int]] = []
         for index, prompt in enumerate(prompts):
-            if self.pad_id in prompt:
-                batches.append([index])
-            else:
-                by_length.setdefault(len(prompt), []).append(index)
-        for indices in by_length.values():
-            batches += [indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size)]
-        return batches
+            by_length.setdefault(len(prompt), []).append(index)
+        size = self.batch_size
+        return [indices[at : at + size] for indices in by_length.values() for at in range(0, len(indices), size)]
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: frozenset[int]
@@ -144,9 +141,11 @@ class GenaiRunner:
         return answers
 
     def start(self, max_length: int, rows: int = 1, *, model: og.Model | None = None) -> og.Generator:
-        """Return a greedy generator for ``rows`` sequences of at most ``max_length`` tokens."""
-        params = og.GeneratorParams(model or self.model)
-        params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=rows)
+        """Return a greedy generator for ``rows`` sequences, with a cache of ``max_length`` positions for each."""
+        params, least = og.GeneratorParams(model or self.model), max_length if self.endless else 0
+        params.set_search_options(
+            max_length=max_length, min_length=least, do_sample=False, num_beams=1, batch_size=rows
+        )
         return og.Generator(model or self.model, params)
 
     def encode(self, texts: Sequence[str], most: int) -> list[list[int]]:
@@ -161,7 +160,7 @@ class GenaiRunner:
         Raises DataError as `logits`.
         """
         self._check(ids, self.context, "logits")
-        generator = self.start(self.context)
+        generator = self.start(len(ids))
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         return np.array(generator.get_output("logits")[0, -1], dtype=np.float32)
 
@@ -174,7 +173,7 @@ class GenaiRunner:
         """
         self._check(ids, self.context, "logits")
         first = len(ids) if prefill is None else prefill
-        generator = self.start(self.context, model=self._every_position)
+        generator = self.start(len(ids), model=self._every_position)
         parts = []
         starts = [*range(0, first, self._chunk), *range(first, len(ids))]  # the runtime would give a last chunk alone
         for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):

@@ -23,6 +23,7 @@ def serve(request: dict[str, Any]) -> None:
         verify=False,
         session=request["session"],
         search=request["search"],
+        endless=True,
     )
     ids, new_tokens = prompt_ids(runner, request["prompt_tokens"]), request["new_tokens"]
     generate(runner, ids, new_tokens)

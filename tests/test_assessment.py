@@ -76,7 +76,7 @@ class Scripted:
 def test_calls_are_scored_row_by_row(teacher: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(teacher)
     answers = [CALL, WRONG, "no json", CALL.replace(",", ", ")]
-    subject = Subject("bundle", Scripted(answers, tokenizer), tokenizer, 10, 20)
+    subject = Subject("bundle", lambda: Scripted(answers, tokenizer), tokenizer, 10, 20, 256)
     ctx = context(tmp_path, calls(4))
     evaluate(subject, EvaluateParams(tasks=["function_call"]), ctx)
     scores = read_scores(ctx.out)
@@ -91,7 +91,7 @@ def test_calls_are_scored_row_by_row(teacher: Path, tmp_path: Path) -> None:
 
 def test_flat_logits_have_the_vocabulary_as_perplexity(teacher: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(teacher)
-    subject = Subject("bundle", Scripted([], tokenizer), tokenizer, None, None)
+    subject = Subject("bundle", lambda: Scripted([], tokenizer), tokenizer, None, None, 256)
     result = evaluate(subject, EvaluateParams(tasks=["perplexity"]), context(tmp_path, calls(3)))
     assert result.metrics["metrics"]["perplexity"]["mean"] == pytest.approx(320)
 

@@ -99,7 +99,7 @@ def test_a_tokenizer_without_template_and_with_its_own_bos() -> None:
     stories = load_tokenizer(STORIES)
     (coded,) = encode_rows([make_row(text="Once upon a time")], stories, max_tokens=64)
     assert coded.ids == (1, 403, 407, 261, 378)  # BOS is 1, once: the tokenizer adds it by itself
-    assert stop_ids(stories) == (2,)
+    assert stop_ids(stories) == (1, 2)  # as its generation_config.json says: a story ends where the next begins
     with pytest.raises(ModelError, match="has no chat template, but the rows are chats"):
         encode_rows(chats(1), stories, max_tokens=64)
     with pytest.raises(ModelError, match="has no chat template"):

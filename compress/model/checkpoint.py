@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import ModelError
 from compress.files import TOKENIZER_FILES
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
@@ -35,13 +36,14 @@ __all__ = [
     "check_tokenizer",
     "copy_tokenizer",
     "count_parameters",
+    "declare_ends",
     "load_model",
     "parameter_count",
     "read_config",
     "save_model",
 ]
 
-METADATA_FILE = "edgestill.json"
+METADATA_FILE, GENERATION_FILE = "edgestill.json", "generation_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What transformers raises for a folder that it cannot open; anything else is our own mistake.
 _OPEN_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError, SafetensorError)
@@ -141,6 +143,7 @@ def save_model(
     finally:
         model.generation_config = original
     copy_tokenizer(tokenizer_from, folder)
+    declare_ends(folder, tokenizer_from=tokenizer_from)
     if metadata is not None:
         write_json(folder / METADATA_FILE, dict(metadata))
 
@@ -161,6 +164,24 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     config = _read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
         write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def declare_ends(folder: Path, *, tokenizer_from: Path) -> None:
+    """Name every token that ends an answer in ``generation_config.json``, where plain ``generate`` looks for them.
+
+    They are `stop_ids` of ``folder``, which has its tokenizer by now, and of ``tokenizer_from``, where that came from.
+    """
+    config, path = _read_json(folder / "config.json"), folder / GENERATION_FILE
+    found = {token for place in (folder, tokenizer_from) for token in stop_ids(load_tokenizer(place))}
+    ends = sorted(token for token in found if token < int(config["vocab_size"]))
+    if path.is_file():
+        settings = _read_json(path)
+    else:
+        settings = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
+    said = ends[0] if len(ends) == 1 else ends
+    if ends and settings.get("eos_token_id") != said:
+        settings.pop("_from_model_config", None)  # or transformers may take config.json's again
+        write_json(path, settings | {"eos_token_id": said})
 
 
 def count_parameters(model: nn.Module) -> int:

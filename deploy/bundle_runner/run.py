@@ -5,6 +5,7 @@
     python run.py --chat                 a conversation
     python run.py --bench                one line of JSON: speed, memory; energy and temperature where the device tells
     python run.py --check                SHA-256 of every file against bundle.json
+    python run.py --serve                requests as lines of JSON on standard input, a line of JSON to each (`Service`)
 
 Needs onnxruntime-genai and numpy alone. It is copied into every bundle as it stands here, and `edgestill bench` runs
 this same file, here and on a device: there is one way of measuring. Settings are those of the command line, else of
@@ -39,6 +40,10 @@ OPTIONS = {
     *("graph_optimization_level", "enable_cpu_mem_arena", "enable_mem_pattern", "session.disable_prepacking"),
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
 }
+BATCH, BATCH_BYTES = 32, 256 << 20  # answers that run together, at most, and the bytes of their keys and values
+MOST_NEW_TOKENS = 256  # of an answer, where nothing is said
+ROOM = 512  # tokens of an answer that a KV cache has room for at first, where more are allowed
+NO_TOKEN = -1  # a padding token that no prompt has: the runtime would hide its positions
 COLD = "the device offers no temperature in hwmon or thermal zones"
 AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
@@ -294,9 +299,12 @@ def _number(path: Path) -> int | None:
 
 
 class Runner:
-    """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime."""
+    """The bundle in ``folder``, opened in onnxruntime-genai. Ends of an answer are counted here, not by the runtime.
 
-    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+    With ``endless`` its generators never choose an end: whatever is timed then stands in front of one.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings, *, endless: bool = False) -> None:
         check_config(folder / GENAI_CONFIG)
         if strange := strange_options(settings.config_entries):
             raise Refused(f"{folder / BUNDLE_FILE}: tuned: {strange[0]}")
@@ -304,37 +312,119 @@ class Runner:
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
         ends, self.og, self.settings, self.folder = model.get("eos_token_id"), og, settings, folder
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.ends, self.endless = frozenset(ends if isinstance(ends, list) else [ends]), endless
         self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
+        sizes = ("num_hidden_layers", "num_key_value_heads", "head_size")
+        self.position_bytes = 2 * 4 * math.prod(int(model["decoder"][name]) for name in sizes)  # keys and values, fp32
         session = {"inter_op_num_threads": 1, **settings.config_entries, "intra_op_num_threads": settings.threads}
         try:
             config = og.Config(str(folder))
-            config.overlay(json.dumps({"model": {"eos_token_id": [], "decoder": {"session_options": session}}}))
+            given = {"pad_token_id": NO_TOKEN, "decoder": {"session_options": session}}
+            config.overlay(json.dumps({"model": given if endless else {"eos_token_id": [], **given}}))
             self.model = og.Model(config)
         except RuntimeError as error:  # what the runtime raises for everything
             raise Fault(f"{folder}: onnxruntime-genai cannot open it: {str(error)[:300]}") from error
 
-    def start(self, max_length: int) -> Any:
-        """A greedy generator of one sequence of at most ``max_length`` tokens."""
-        params = self.og.GeneratorParams(self.model)
-        params.set_search_options(max_length=max_length, min_length=0, do_sample=False, num_beams=1, batch_size=1)
+    def start(self, max_length: int, rows: int = 1) -> Any:
+        """A greedy generator of ``rows`` sequences; the runtime allocates a cache of ``max_length`` positions each."""
+        params, least = self.og.GeneratorParams(self.model), max_length if self.endless else 0
+        params.set_search_options(
+            max_length=max_length, min_length=least, do_sample=False, num_beams=1, batch_size=rows
+        )
         return self.og.Generator(self.model, params)
 
-    def prefill(self, generator: Any, ids: Sequence[int]) -> None:
-        """Read ``ids``, in pieces where the settings say so."""
+    def prefill(self, generator: Any, ids: Any) -> None:
+        """Read ``ids`` (T,), in pieces where the settings say so, or several sequences (rows, T), always at once."""
         import numpy as np
 
-        step = self.settings.prefill_chunk or len(ids)
-        for at in range(0, len(ids), step):
-            generator.append_tokens(np.asarray(ids[at : at + step], dtype=np.int32))
+        array = np.asarray(ids, dtype=np.int32)
+        array = array[0] if array.shape[0] == 1 and array.ndim == 2 else array
+        step = array.shape[-1] if array.ndim == 2 else self.settings.prefill_chunk or len(array)
+        for at in range(0, array.shape[-1], step):
+            generator.append_tokens(array[..., at : at + step])
 
-    def tokens(self, generator: Any, most: int) -> Iterator[int]:
-        """Generate until an end or ``most`` tokens; ends are not given."""
-        for _ in range(most):
+    def answers(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """Continuations without their ends, at most ``most`` tokens each; Fault for a prompt that fills the context.
+
+        Prompts of one length run together, as many as `BATCH` says, so that nothing is padded.
+        """
+        found: list[list[int]] = [[] for _ in prompts]
+        by_length: dict[int, list[int]] = {}
+        for at, ids in enumerate(prompts):
+            self.check_room(ids)
+            by_length.setdefault(len(ids), []).append(at)
+        for length, places in by_length.items():
+            steps = min(most, self.context - length)
+            rows = max(1, min(BATCH, BATCH_BYTES // max(1, self.position_bytes * (length + steps))))
+            for first in range(0, len(places), rows):
+                self._together(places[first : first + rows], prompts, steps, found)
+        return found
+
+    def _together(
+        self, places: Sequence[int], prompts: Sequence[Sequence[int]], steps: int, found: list[list[int]]
+    ) -> None:
+        """Add to ``found`` the continuations of the prompts at ``places``, which are equally long."""
+        generator, running = self.start(len(prompts[places[0]]) + steps, len(places)), set(range(len(places)))
+        self.prefill(generator, [prompts[at] for at in places])
+        for _ in range(steps):
             generator.generate_next_token()
-            if (token := int(generator.get_next_tokens()[0])) in self.ends:
+            chosen = [int(token) for token in generator.get_next_tokens()]
+            running = {row for row in running if chosen[row] not in self.ends}
+            for row in running:
+                found[places[row]].append(chosen[row])
+            if not running:
+                return
+
+    def check_room(self, ids: Sequence[int]) -> None:
+        """Raise Fault where a prompt leaves no room for an answer in the context."""
+        if not 0 < len(ids) < self.context:
+            raise Fault(f"the prompt has {len(ids)} tokens; expected 1 to {self.context - 1}, the bundle's context")
+
+
+class Dialogue:
+    """One sequence that is read and continued, in a KV cache that grows with it.
+
+    The runtime allocates the whole length that a generator is given, so it is given what is needed, and at least twice
+    as much when that is not enough: what was read is then read again.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.ids, self.size = runner, list[int](), 0  # positions of the cache
+        self.generator: Any = None
+
+    def read(self, ids: Sequence[int], most: int) -> None:
+        """Bring the generator to have read ``ids``, with room for an answer of ``most`` tokens (or `ROOM` at first).
+
+        What it has read of them already is not read again.
+        """
+        same = 0
+        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
+            same += 1
+        if self.generator is None or same == 0 or len(ids) + min(most, ROOM) > self.size < self.runner.context:
+            self._open(ids, most)
+            return
+        if same < len(self.ids):
+            self.generator.rewind_to(same)
+        self.ids = list(ids)
+        self.runner.prefill(self.generator, ids[same:])
+
+    def tokens(self, most: int) -> Iterator[int]:
+        """Generate until an end, ``most`` tokens or a full context; ends are not given."""
+        for done in range(min(most, self.runner.context - len(self.ids))):
+            if len(self.ids) == self.size:
+                self._open(self.ids, most - done)
+            self.generator.generate_next_token()
+            self.ids.append(token := int(self.generator.get_next_tokens()[0]))
+            if token in self.runner.ends:
                 return
             yield token
+
+    def _open(self, ids: Sequence[int], most: int) -> None:
+        needed = len(ids) + min(most, max(ROOM, len(ids)))
+        self.generator = None  # its cache is given back before there is another one
+        self.size = min(self.runner.context, max(needed, 2 * self.size))
+        self.generator, self.ids = self.runner.start(self.size), list(ids)
+        self.runner.prefill(self.generator, ids)
 
 
 def runtime(info: dict[str, Any]) -> Any:
@@ -349,11 +439,19 @@ def runtime(info: dict[str, Any]) -> Any:
     return onnxruntime_genai
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A bundle of which the model is not needed: what `Text` reads of a `Runner`."""
+
+    og: Any
+    folder: Path
+
+
 class Text:
     """Text to token ids and back, as the model was trained to see it."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.tokenizer = runner.og.Tokenizer(runner.model)
+    def __init__(self, runner: Runner | Opened) -> None:
+        self.tokenizer = runner.og.Tokenizer(str(runner.folder))
         settings = runner.folder / "tokenizer_config.json"
         bos = read_json(settings).get("bos_token") if settings.is_file() else None
         self.bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -364,13 +462,19 @@ class Text:
         start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
         return ids if ids[:1] == start else start + ids
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the place where the model answers.
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, as it comes token by token."""
+        stream = self.tokenizer.create_stream()  # part of a character adds no text yet
+        return "".join(stream.decode(token) for token in ids)
+
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """Token ids of a conversation up to the place where the model answers; ``tools`` as the template takes them.
 
         Raises Fault when the bundle has no chat template, or one that the runtime cannot render.
         """
         try:
-            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
+            more = {} if tools is None else {"tools": json.dumps(list(tools))}
+            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True, **more)
         except RuntimeError as error:
             got = f"the bundle has no chat template that the runtime can render ({str(error)[:200]})"
             raise Fault(f"{got}. Use --raw, which gives the text as it is") from error
@@ -379,14 +483,11 @@ class Text:
 
 def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> None:
     """Say the continuation of ``ids`` piece by piece; Fault when they leave no room in the context."""
-    room = runner.context - len(ids)
-    if not ids or room < 1:
-        raise Fault(f"the prompt has {len(ids)} tokens; expected 1 to {runner.context - 1}, the bundle's context")
-    steps = min(max_new_tokens, room)
-    generator = runner.start(len(ids) + steps)
-    runner.prefill(generator, ids)
+    runner.check_room(ids)
+    dialogue = Dialogue(runner)
+    dialogue.read(ids, max_new_tokens)
     stream = text.tokenizer.create_stream()  # part of a character adds no text yet
-    for token in runner.tokens(generator, steps):
+    for token in dialogue.tokens(max_new_tokens):
         say(stream.decode(token))
 
 
@@ -396,7 +497,7 @@ class Conversation:
     def __init__(self, runner: Runner, text: Text, head: list[dict[str, str]], max_new_tokens: int) -> None:
         self.runner, self.text, self.head, self.max_new_tokens = runner, text, head, max_new_tokens
         self.turns: list[dict[str, str]] = []
-        self.generator: Any = None
+        self.dialogue = Dialogue(runner)
 
     def ask(self, asked: str) -> int:
         """Say the answer to ``asked``; return how many old messages were forgotten to make room.
@@ -411,24 +512,16 @@ class Conversation:
             turns, forgotten = turns[2:], forgotten + 2  # the oldest question with its answer
         said: list[str] = []
         stream = self.text.tokenizer.create_stream()
-        self._read(ids)
-        for token in self.runner.tokens(self.generator, min(self.max_new_tokens, self.runner.context - len(ids))):
+        self.dialogue.read(ids, self.max_new_tokens)
+        for token in self.dialogue.tokens(self.max_new_tokens):
             said.append(stream.decode(token))
             say(said[-1])
         self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
         return forgotten
 
-    def _read(self, ids: list[int]) -> None:
-        """Bring the generator to have read ``ids``: what it has read of them already is not read again."""
-        seen: list[int] = [] if self.generator is None else [int(i) for i in self.generator.get_sequence(0)]
-        same = 0
-        while same < min(len(seen), len(ids) - 1) and seen[same] == ids[same]:
-            same += 1
-        if same == 0:
-            self.generator = self.runner.start(self.runner.context)
-        elif same < len(seen):
-            self.generator.rewind_to(same)
-        self.runner.prefill(self.generator, ids[same:])
+    def restart(self) -> None:
+        """Forget the KV cache, which may stand in the middle of an answer."""
+        self.dialogue = Dialogue(self.runner)
 
 
 def chat(conversation: Conversation) -> None:
@@ -449,11 +542,65 @@ def chat(conversation: Conversation) -> None:
             forgotten = conversation.ask(asked)
             say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
         except KeyboardInterrupt:
-            conversation.generator = None  # it stands in the middle of an answer
+            conversation.restart()
             say("\n(stopped)\n")
         except (Fault, RuntimeError) as fault:
-            conversation.generator = None
+            conversation.restart()
             say(f"({fault})\n")
+
+
+class Service:
+    """Answers requests, each a dict with ``op``, by a dict of JSON values; the model is opened on need.
+
+    ``encode``: ``text`` is cut as it is (as one user's message where ``raw`` is false), ``messages`` with ``tools``,
+    where there are any, go through the chat template: ``{"ids": [...]}``.
+    ``answer``: the same continued by at most ``max_new_tokens`` up to an end: ``{"prompt": [ids], "ids": [...],
+    "text": ...}``; a list of ``requests`` gives ``{"answers": [...]}``, in their order, and runs several at once.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
+        check_config(folder / GENAI_CONFIG)
+        self.folder, self.info, self.settings = folder, info, settings
+        self.text = Text(Opened(runtime(info), folder))
+        self.runner: Runner | None = None
+        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"encode": self.encode, "answer": self.answer}
+
+    def encode(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Token ids of a text or a conversation."""
+        if "messages" in request:
+            return {"ids": self.text.chat(request["messages"], request.get("tools"))}
+        if request.get("raw", True):
+            return {"ids": self.text.raw(request["text"])}
+        return {"ids": self.text.chat([{"role": "user", "content": request["text"]}])}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The greedy answer to a text or a conversation, or to each of several."""
+        several, most = request.get("requests"), request.get("max_new_tokens", MOST_NEW_TOKENS)
+        if type(most) is not int or most < 1:
+            raise Fault(f"max_new_tokens {most!r}; expected 1 or more")
+        self.runner = self.runner or Runner(self.folder, self.info, self.settings)
+        prompts = [self.encode(one)["ids"] for one in ([request] if several is None else several)]
+        found = self.runner.answers(prompts, most)
+        answers = [
+            {"prompt": prompt, "ids": ids, "text": self.text.decode(ids)}
+            for prompt, ids in zip(prompts, found, strict=True)
+        ]
+        return answers[0] if several is None else {"answers": answers}
+
+    def reply(self, line: str) -> dict[str, Any]:
+        """What is answered to a line; ``{"error": ...}`` where the request cannot be served."""
+        try:
+            request = json.loads(line)
+            return self.ops[request["op"]](request)
+        except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+            return {"error": str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def serve(service: Service) -> None:
+    """The loop of ``--serve``: one line out for each line in, until standard input ends."""
+    for line in sys.stdin:
+        if line.strip():
+            say(json.dumps(service.reply(line)) + "\n")
 
 
 def say(text: str) -> None:
@@ -530,7 +677,7 @@ def bench(folder: Path, info: dict[str, Any], settings: Settings, lengths: Lengt
     import numpy  # noqa: F401 - loaded now, so that it counts as base memory
 
     base, start = peak_memory_bytes(), time.perf_counter()
-    runner = Runner(folder, info, settings)
+    runner = Runner(folder, info, settings, endless=True)
     load_s = time.perf_counter() - start
     first_id = min(5, runner.vocabulary - 1)
     ids = [first_id + at % max(1, runner.vocabulary - first_id) for at in range(lengths.prompt_tokens)]
@@ -584,9 +731,10 @@ def parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="a conversation")
     add("--bench", action="store_true", help="measure speed and memory; prints one line of JSON")
     add("--check", action="store_true", help="check the SHA-256 of every file against bundle.json")
+    add("--serve", action="store_true", help="answer requests: lines of JSON in, lines of JSON out")
     add("--raw", action="store_true", help="give the text as it is, without the chat template")
     add("--system", help="a system message, for templates that have one")
-    add("--max-new-tokens", type=_positive, default=256, help="longest answer (256)")
+    add("--max-new-tokens", type=_positive, default=MOST_NEW_TOKENS, help="longest answer (256)")
     add("--threads", type=_positive, help="CPU threads; else what was tuned, else the physical cores")
     add("--prompt-tokens", type=_positive, default=32, help="of --bench (32)")
     add("--new-tokens", type=_positive, default=64, help="of --bench (64)")
@@ -625,11 +773,27 @@ def reason_of(error: Exception, bundle: Path) -> str:
     return f"{bundle}: its JSON is incomplete ({type(error).__name__}: {str(error)[:200]}). Copy the bundle again"
 
 
+def _converse(args: argparse.Namespace, info: dict[str, Any], settings: Settings) -> None:
+    """Serve, chat, or answer one text."""
+    if args.serve:
+        serve(Service(args.bundle, info, settings))
+        return
+    runner = Runner(args.bundle, info, settings)
+    text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
+    if args.chat:
+        chat(Conversation(runner, text, head, args.max_new_tokens))
+        return
+    asked = sys.stdin.read() if args.text == "-" else args.text
+    ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
+    answer(runner, text, ids, args.max_new_tokens)
+    say("\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(arguments)
-    if sum([args.chat, args.bench, args.check, args.text is not None]) != 1:
-        parser().error('give one of: a text, --chat, --bench, --check (such as: python run.py "hello")')
+    if sum([args.chat, args.bench, args.check, args.serve, args.text is not None]) != 1:
+        parser().error('give one of: a text, --chat, --bench, --check, --serve (such as: python run.py "hello")')
     if args.stop_on_eof:
         _watch_input()
     try:
@@ -644,15 +808,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
             say(json.dumps(record, sort_keys=True) + "\n")
             return 0
-        runner = Runner(args.bundle, info, settings)
-        text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
-        if args.chat:
-            chat(Conversation(runner, text, head, args.max_new_tokens))
-            return 0
-        asked = sys.stdin.read() if args.text == "-" else args.text
-        ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
-        answer(runner, text, ids, args.max_new_tokens)
-        say("\n")
+        _converse(args, info, settings)
     except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
         return error.code if isinstance(error, Fault) else 1

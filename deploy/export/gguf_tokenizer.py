@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.encoding import end_of_turn, load_tokenizer
+from compress.encoding import end_of_turn, load_tokenizer, stop_ids
 from compress.errors import ModelError
 
 # gguf.TokenType
@@ -26,6 +26,11 @@ _SPLITS = {
     (rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_WORDS}", False): "qwen2",
     (rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_WORDS}", True): "llama-bpe",
     (rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_WORDS}", False): "smaug-bpe",
+}
+# tokens at which llama.cpp stops by their text (llama-vocab.cpp, special_eog_ids)
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>", "<end_of_utterance>"),
 }
 _KNOWN = "byte-level BPE with the splits of GPT-2, Qwen2, Llama 3 or SmolLM, or SentencePiece BPE with byte fallback"
 _DO = "Leave gguf out of the formats: llama.cpp would cut texts into other tokens than the model was trained on"
@@ -44,7 +49,7 @@ class Vocabulary:
     add_space_prefix: bool = False
     add_bos: bool = False
     add_eos: bool = False
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, eot, unk, pad -> id
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, eot, eom, unk, pad -> id
     chat_template: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -190,14 +195,26 @@ def _add_settings(found: Vocabulary, folder: Path) -> None:
     template: Any = tokenizer.chat_template
     if isinstance(template, str) and template:
         found.chat_template = template
-        ends = end_of_turn(tokenizer, "assistant")
-        if ends is not None and ends != found.special.get("eos"):
-            found.special["eot"] = int(ends)
+    _add_ends(found, tokenizer)
     ids, bare = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
     found.add_bos = len(ids) > len(bare) and ids[0] == found.special.get("bos")
     found.add_eos = len(ids) > len(bare) and ids[-1] == found.special.get("eos")
     if len(ids) != len(bare) + found.add_bos + found.add_eos:
         raise _unknown(folder / "tokenizer.json", "special tokens around a text other than BOS and EOS")
+
+
+def _add_ends(found: Vocabulary, tokenizer: Any) -> None:
+    """Every token that ends an answer, under the names that llama.cpp knows: it stops at each of the three."""
+    turn = end_of_turn(tokenizer, "assistant") if tokenizer.chat_template else None
+    ends = [token for token in stop_ids(tokenizer) if token < len(found.tokens) and token != found.special.get("eos")]
+    ends.sort(key=lambda token: (token != turn, token))  # the template's first
+    for name in ("eos", "eot", "eom"):
+        if ends and name not in found.special:
+            found.special[name] = ends.pop(0)
+    left = [found.tokens[token] for token in ends if found.tokens[token] not in _KNOWN_ENDS]
+    if left:
+        known = "llama.cpp has names for three tokens that end an answer"
+        found.notes.append(f"{known}: it goes on after {', '.join(left)}")
 
 
 def _unknown(path: Path, got: str) -> ModelError:

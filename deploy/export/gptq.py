@@ -16,13 +16,21 @@ import torch
 from safetensors import safe_open
 
 from compress.errors import ModelError, ParityError
-from compress.model.checkpoint import check_folder, copy_tokenizer, load_model, read_config, weight_files, write_json
+from compress.model.checkpoint import (
+    GENERATION_FILE,
+    check_folder,
+    copy_tokenizer,
+    declare_ends,
+    load_model,
+    read_config,
+    weight_files,
+    write_json,
+)
 from compress.model.quantization import packing
 from compress.model.quantization.layout import stored_as
 from compress.model.shapes import architecture
 
 CARD = "README.md"
-_GENERATION = "generation_config.json"
 
 
 def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -44,14 +52,15 @@ def export_gptq(source: Path, folder: Path, *, facts: Mapping[str, Any] | None =
     common = common_config(config)
     write_json(folder / "config.json", common)
     write_json(folder / "quantize_config.json", common["quantization_config"])  # where AutoGPTQ looks for it
-    if (source / _GENERATION).is_file():
-        shutil.copyfile(source / _GENERATION, folder / _GENERATION)
+    if (source / GENERATION_FILE).is_file():
+        shutil.copyfile(source / GENERATION_FILE, folder / GENERATION_FILE)
     for path in weight_files(source):
         shutil.copyfile(path, folder / path.name)
     index = source / "model.safetensors.index.json"
     if index.is_file():
         shutil.copyfile(index, folder / index.name)
     copy_tokenizer(source, folder)
+    declare_ends(folder, tokenizer_from=source)
     (folder / CARD).write_text(card(config, facts or {}), encoding="utf-8")
     matrices = verify(source, folder)
     return {

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import ModelError, ParityError
 from compress.model.shapes import head_size, kv_head_count
 from deploy import variants
@@ -124,29 +126,25 @@ def _write_config(genai_config: dict[str, Any], source: Tensors, context: int, p
     config = json.loads(json.dumps(genai_config))
     model = config["model"]
     model["context_length"], model["decoder"]["hidden_size"] = context, int(source.config["hidden_size"])
-    model["eos_token_id"] = end_tokens(model["eos_token_id"], source.folder)
+    ends, pad = end_tokens(source.folder, source.config)
+    model |= {"eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad}
     keep = ("past_present_share_buffer",)
     search = {name: value for name, value in config["search"].items() if name in keep}
     config["search"] = search | {"do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1}
     path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def end_tokens(found: int | list[int], folder: Path) -> int | list[int]:
-    """Return the ids that end an answer: those ``found``, and the EOS of the tokenizer in ``folder``.
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Return the ids that end an answer, and the one that pads, of the model in ``folder``, whose config is given.
 
-    Chat models end a turn with the latter. ModelError when there is none at all.
+    Padding is the tokenizer's, else the config's, else an end. ModelError when no token ends an answer.
     """
-    ends = set(found if isinstance(found, list) else [found])
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        text = eos.get("content") if isinstance(eos, dict) else eos
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
-        ends |= {int(token["id"]) for token in added if token.get("content") == text}
-    kept = sorted(end for end in ends if end is not None and end >= 0)
-    if not kept:
+    tokenizer, vocabulary = load_tokenizer(folder), int(config["vocab_size"])
+    ends = [token for token in stop_ids(tokenizer) if token < vocabulary]
+    if not ends:
         raise ModelError(str(folder), "no token that ends an answer", "eos_token_id in config.json")
-    return kept[0] if len(kept) == 1 else kept
+    pads = (tokenizer.pad_token_id, config.get("pad_token_id"))
+    return ends, next((int(pad) for pad in pads if pad is not None and 0 <= pad < vocabulary), ends[0])
 
 
 class _Assembly:

@@ -138,14 +138,12 @@ def _genai_config(config: dict[str, Any], model: onnx.ModelProto, checkpoint: Pa
         },
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
     }
-    ends = end_tokens([] if config.get("eos_token_id") is None else config["eos_token_id"], checkpoint)
-    first = ends if isinstance(ends, int) else ends[0]
-    pad = config.get("pad_token_id")
+    ends, pad = end_tokens(checkpoint, config)
     names = {
         "type": str(config["model_type"]),
-        "bos_token_id": config.get("bos_token_id") if config.get("bos_token_id") is not None else first,
-        "eos_token_id": ends,
-        "pad_token_id": first if pad is None else pad,
+        "bos_token_id": config.get("bos_token_id") if config.get("bos_token_id") is not None else ends[0],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": pad,
         "vocab_size": int(config["vocab_size"]),
         "context_length": context,
         "decoder": decoder,

@@ -99,9 +99,10 @@ def test_prompts_in_pieces_give_the_same_answer(bundle: Path, opened: tuple[run.
     settings = run.Settings.of(info, run.read_json(bundle / run.GENAI_CONFIG))
     assert settings == run.Settings(1, 5, entries)
     runner = run.Runner(bundle, info, settings)
-    generator = runner.start(200)
-    runner.prefill(generator, ids)
-    assert list(runner.tokens(generator, 12)) == greedy(bundle, ids, 12)
+    dialogue = run.Dialogue(runner)
+    dialogue.read(ids, 12)
+    assert list(dialogue.tokens(12)) == greedy(bundle, ids, 12)
+    assert runner.answers([ids, ids[1:], ids], 12) == [greedy(bundle, each, 12) for each in (ids, ids[1:], ids)]
 
 
 def test_settings_come_from_the_command_then_the_tuning_then_the_runtimes_config() -> None:
@@ -407,3 +408,21 @@ def test_a_record_holds_what_the_sensors_say(bundle: Path, tmp_path: Path) -> No
     assert record["temperature"] == {
         "before_c": {"thermal_zone0 cpu": 40.0}, "after_c": {"thermal_zone0 cpu": 40.0}, "reason": None,
     }  # fmt: skip
+
+
+def test_requests_are_served_as_lines_of_json(bundle: Path, opened: tuple[run.Runner, run.Text]) -> None:
+    messages = [{"role": "user", "content": ASK}]
+    asked = [
+        {"op": "encode", "text": ASK},
+        {"op": "encode", "text": ASK, "raw": False},
+        {"op": "encode", "messages": messages},
+        {"op": "encode"},
+        {"op": "unknown"},
+        [],
+    ]
+    done = start(bundle, "--serve", input="".join(json.dumps(one) + "\n" for one in asked) + "\nno JSON\n")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    text = opened[1]
+    assert found[:3] == [{"ids": text.raw(ASK)}, {"ids": text.chat(messages)}, {"ids": text.chat(messages)}]
+    assert [list(reply) for reply in found[3:]] == [["error"]] * 4
+    assert done.returncode == 0

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from compress.model.checkpoint import METADATA_FILE, copy_tokenizer, write_json
+from compress.model.checkpoint import GENERATION_FILE, METADATA_FILE, copy_tokenizer, declare_ends, write_json
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
 from compress.model.quantization.layout import Layout, quantization_config
@@ -31,7 +31,6 @@ OUTER_FILE = "edgestill_embedding.safetensors"
 OUTER_NAMES = {EMBEDDING: "embedding", HEAD: "lm_head"}  # checkpoint name -> prefix in OUTER_FILE
 PARTS = ("codes", "scales", "zero_points", "g_idx")
 Report = dict[str, Any]
-_GENERATION = "generation_config.json"
 _COPY_BYTES = 1 << 24
 
 
@@ -229,6 +228,7 @@ def write_folder(
     if outer:
         save_tensors(outer, out / OUTER_FILE)
     copy_tokenizer(source, out)
-    if (source / _GENERATION).is_file():
-        shutil.copyfile(source / _GENERATION, out / _GENERATION)
+    if (source / GENERATION_FILE).is_file():
+        shutil.copyfile(source / GENERATION_FILE, out / GENERATION_FILE)
+    declare_ends(out, tokenizer_from=source)
     write_json(out / METADATA_FILE, dict(metadata))
