@@ -7,10 +7,15 @@ the handlers, so that ``--help`` takes a fraction of a second. Holds no logic th
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":  # by python -m: begin where the command begins, before anything else is imported
+    import importlib
+
+    importlib.import_module("compress.entry").main()  # which loads this file again, as the module that it is
+    raise SystemExit(0)
+
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -21,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import interrupts
-from compress.errors import EdgestillError, GateFailed, UserError
+from compress.errors import EdgestillError, GateFailed, UserError, safe_to_show
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -35,7 +40,7 @@ def debugging() -> bool:
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(f"edgestill: error: {message}", file=sys.stderr)
+    print(f"edgestill: error: {safe_to_show(message)}", file=sys.stderr)
 
 
 @contextmanager
@@ -66,8 +71,32 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty value: no option or argument has a use for one, and an empty path would be the current folder.
+
+    Raises:
+        UserError: which option it was given to, or which place on the line.
+    """
+    for at, text in enumerate(arguments):
+        option, _, value = text.partition("=") if text.startswith("--") else ("", "", text)
+        if option and "=" not in text:
+            continue
+        if not value.strip():
+            before = arguments[at - 1] if at else ""
+            where = option or (before if before.startswith("-") else f"argument {at + 1}")
+            raise UserError(
+                where, f"got {value!r}, an empty value", "a value", "An unset variable of a shell gives one."
+            )
+
+
 class Group(TyperGroup):
     """The command group, with errors mapped for every command alike."""
+
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> Any:
+        """Read the command line."""
+        with exit_codes():
+            refuse_empty(args)
+        return super().make_context(info_name, args, *others, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -116,7 +145,9 @@ def progress(quiet: bool = False) -> Progress:
 
 def show_json(value: Any) -> None:
     """``value`` as JSON on standard output."""
-    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+    from compress.files import json_text
+
+    print(json_text(value, indent=1))
 
 
 @app.command()
@@ -250,11 +281,13 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
     if as_json:
         show_json({"metrics": metrics, "notes": notes})
         return
+    from compress.files import json_text
+
     for name, value in metrics.items():
         shown = f"{value:z.6g}" if isinstance(value, float) else value
-        print(f"{name}: {shown if isinstance(value, str | int | float) else json.dumps(value)}")
+        print(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {safe_to_show(note)}")
 
 
 class Backend(StrEnum):
@@ -545,7 +578,3 @@ def main() -> None:
         as_launched(app)
     else:
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Columns
 
+from compress.errors import safe_to_show
+
 T = TypeVar("T")
 DRAW_EVERY_S = 0.1
 LINE_EVERY_S, LINE_LATER_S = 10.0, 60.0  # plain mode: a line each 10 s, later a tenth of what has passed, at most 60 s
@@ -68,7 +70,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print one line, above any bar."""
         if not self.quiet:
-            print(f"{ERASE * self.terminal}{self.prefix}{text}", file=self.stream, flush=True)
+            print(f"{ERASE * self.terminal}{self.prefix}{safe_to_show(text)}", file=self.stream, flush=True)
 
     def draw(self, bar: Bar, now: float, note: str) -> None:
         """Draw ``bar`` as it stands at ``now`` (seconds of ``time.monotonic``)."""
@@ -133,7 +135,7 @@ class Progress:
 
         console, columns = self._console, self._columns
         width, share = max(4, console.width - 1), min(bar.done / bar.total, 1.0)  # a full line would break on some
-        what = f"{self.prefix}{bar.what}"
+        what, note = safe_to_show(f"{self.prefix}{bar.what}"), safe_to_show(note)
         if width < NARROW:
             return set_cell_size(f"{share:.0%} {what}", width).rstrip()
         if cell_len(what) > width // 2:

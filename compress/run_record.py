@@ -20,15 +20,19 @@ Worked example (shortened)::
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from compress.errors import StoreError, UserError
+from compress.files import json_text, write_whole
+from compress.scratch import OWNER, abandoned
 
 SCHEMA = 1
 # Of the estimates: with and without what stood in the store when the run began.
 TIME_OF_ALL, TIME_TO_RUN = "time of all stages", "time of the stages not in the store"
+
+KILLED = "killed; the same command goes on from where it stood"
 
 Status = Literal["running", "done", "gate_failed", "failed", "interrupted"]
 
@@ -210,18 +214,14 @@ def write(record: RunRecord, path: Path) -> None:
     Raises:
         StoreError: the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json_text(record, indent=1) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise StoreError(str(path), error.strerror or str(error), do="Choose another place with --store.") from error
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run record.
+    """Read a run record. One that says ``running`` while its process is dead is that of an interrupted run.
 
     Raises:
         UserError: no such file, not JSON, or of another schema.
@@ -234,4 +234,21 @@ def read(path: Path) -> RunRecord:
         raise UserError(str(path), f"not JSON ({error})", "a run.json written by edgestill") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(str(path), "not a run record of this version", f"schema {SCHEMA}")
+    if record.get("status") == "running" and is_dead(path.parent):
+        record["status"], record["verdict"] = "interrupted", KILLED
     return record
+
+
+def close_dead(root: Path) -> None:
+    """Write ``interrupted`` into the records of the runs below ``root`` whose process was killed."""
+    for mark in root.glob(f"runs/*/{OWNER}"):
+        path = mark.with_name("run.json")
+        with suppress(UserError, StoreError):  # another version's, or not ours to write: shown as it should be, anyway
+            if abandoned(mark.parent):
+                write(read(path), path)
+                mark.unlink(missing_ok=True)
+
+
+def is_dead(folder: Path) -> bool:
+    """Whether the process of a run that has not ended is dead: a living one has marked its folder."""
+    return not (folder / OWNER).exists() or abandoned(folder) is True

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import StoreError
+from compress.files import json_text, write_whole
 from compress.run_record import Measure
 from evaluators import intervals
 from evaluators.bootstrap import Interval, percentiles, resampled_sums
@@ -88,7 +89,7 @@ class Scores:
             "order": self.metrics,
             "rows": rows,
         }
-        (folder / FILE).write_text(json.dumps(document, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(folder / FILE, json_text(document) + "\n")
 
 
 def read_scores(folder: Path) -> Scores:

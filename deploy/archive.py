@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import IO, Any
 import zstandard
 
 from compress.errors import ModelError, StoreError, UserError
+from compress.files import json_text, whole_file
+from compress.scratch import scratch
 from deploy.bundle import BUNDLE_FILE, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
@@ -58,19 +59,17 @@ def pack(folder: Path, out: Path, *, added: Mapping[str, Any] | None = None) -> 
         raise ModelError(str(folder / BUNDLE_FILE), f"has {', '.join(taken)} already")
     described = (folder / BUNDLE_FILE).read_bytes()
     if added:
-        text = json.dumps({**bundle.info, **added}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        text = json_text({**bundle.info, **added}, indent=1) + "\n"
         described = text.encode("utf-8")
     prefix = _prefix(bundle.formats)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            _write(stream, described, {prefix + name: folder / prefix / name for name in sorted(bundle.shipped)})
-        os.replace(temporary, out)
+        with scratch(out.absolute().parent) as temporary:
+            with whole_file(temporary / out.name) as stream:
+                _write(stream, described, {prefix + name: folder / prefix / name for name in sorted(bundle.shipped)})
+            os.replace(temporary / out.name, out)
     except OSError as error:
         raise StoreError(str(out), error.strerror or str(error), do="Give another place with --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return out.stat().st_size
 
 
@@ -199,5 +198,5 @@ def bundle_folder(path: Path) -> Iterator[Path]:
     if not is_archive(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
-        yield unpack(path, Path(scratch) / "bundle")
+    with scratch() as temporary:
+        yield unpack(path, temporary / "bundle")

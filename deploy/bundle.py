@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ModelError
-from compress.files import file_sha256
+from compress.files import file_sha256, json_text, write_whole
 from deploy.bundle_runner.run import forbidden, strange_options
 
 BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
@@ -94,8 +94,7 @@ def write_bundle(folder: Path, facts: Mapping[str, Any]) -> Bundle:
     for form in BESIDE:
         if (folder / form).is_dir():
             info[f"{form}_files"] = describe(folder / form)
-    text = json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / BUNDLE_FILE).write_text(text, encoding="utf-8")
+    write_whole(folder / BUNDLE_FILE, json_text(info, indent=1) + "\n")
     return Bundle(folder, info)
 
 

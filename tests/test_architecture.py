@@ -11,7 +11,10 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
 # what each side may import of ours; the longest matching prefix of the importing module decides
-SHARED = ("compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names")
+SHARED = (
+    "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names",
+    "compress.processes", "compress.scratch",
+)  # fmt: skip
 ALLOWED = {
     "evaluators": ("evaluators",),
     "profiles": ("profiles",),
@@ -31,10 +34,12 @@ ALLOWED = {
     "compress.errors": (),
     "compress.files": (),
     "compress.names": (),
+    "compress.processes": (),
+    "compress.scratch": (),
     "compress.version": (),
     "compress.answers": (),
     "compress.context": ("compress.progress", "compress.teachers"),
-    "compress.progress": (),
+    "compress.progress": ("compress.errors",),
     "compress.store": ("compress.errors", "compress.files"),
     "compress.ends": ("compress.errors",),
     "compress.encoding": ("compress.data.rows", "compress.ends", *SHARED),

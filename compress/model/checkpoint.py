@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import ModelError
-from compress.files import TOKENIZER_FILES
+from compress.files import TOKENIZER_FILES, json_text, write_whole
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
@@ -191,7 +191,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` with sorted keys and a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json_text(value, indent=2) + "\n")
 
 
 @contextmanager
