@@ -196,7 +196,9 @@ def evaluate(subject: Subject, params: EvaluateParams, ctx: StageContext) -> Sta
         teacher = None if home is None else torch_runtime(home, ctx.threads)
         token_tasks(subject, judged.tokens, params, scores, teacher=teacher, progress=ctx.progress)
     scores.write(ctx.out)
-    figures = {name: as_measure(measure(scores, name, seed=ctx.seed)) for name in scores.metrics}
+    found = {name: measure(scores, name, seed=ctx.seed) for name in scores.metrics}
+    notes += [f"{name}: {interval.note}" for name, interval in found.items() if interval.note]
+    figures = {name: as_measure(interval) for name, interval in found.items()}
     metrics = {"metrics": figures, "rows": len(rows), "parameters": subject.parameters, "bytes": subject.bytes}
     return StageResult(metrics=metrics | judged.counts, notes=notes + judged.notes)
 

@@ -70,7 +70,7 @@ def size(value: float) -> str:
     """Bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000 or unit == "GB":
-            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+            return f"{value:z.0f} B" if unit == "B" else f"{value:z.3g} {unit}"
         value /= 1000
     raise AssertionError("the last unit takes every value")
 

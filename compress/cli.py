@@ -284,7 +284,7 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
     from compress.files import json_text
 
     for name, value in metrics.items():
-        shown = f"{value + 0.0:.6g}" if isinstance(value, float) else value  # never -0
+        shown = f"{value:z.6g}" if isinstance(value, float) else value
         print(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
     for note in notes:
         print(f"note: {safe_to_show(note)}")

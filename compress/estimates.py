@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from compress import hub
 from compress.errors import TargetError
+from compress.model.distillation.cache_size import position_bytes, reached_tokens
 from compress.model.distillation.classifier.params import ClassifierParams
 from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
 from compress.model.distillation.cross_tokenizer.shapes import scratch_config
@@ -129,6 +130,7 @@ class _Walk:
         self.peak = BASE_BYTES + 4 * self.teacher.parameters
         self.last = self.teacher
         self.bundle: _State | None = None
+        self.cached = 0.0  # bytes of the largest cache of a teacher's targets
 
     def _pool_rows(self) -> float:
         pool = self.plan.profile.data.pool
@@ -221,13 +223,25 @@ class _Walk:
             state = _State(config)
         self._becomes(node, state)
         tokens = params.steps * params.batch_tokens if params.steps else params.epochs * self._tokens()
-        seen = self._tokens() if isinstance(params, ClassifierParams) or params.targets == "cache" else tokens
+        seen = self._tokens() if isinstance(params, ClassifierParams) else self._taught(params, tokens)
         if isinstance(params, ClassifierParams) and params.attribution_weight:
             seen *= 3 * params.attribution_points  # a backward pass costs two forward ones
         self._training_memory(state, params)
         if not self.rows_known and not params.steps:
             return None
         return 3.0 + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, seen)
+
+    def _taught(self, params: Any, tokens: float) -> float:
+        """Tokens that the teacher reads for a training on ``tokens``; raises the size of what it stores of them."""
+        if params.targets != "cache":
+            return tokens
+        given = {name: float(getattr(params, name, 0.0)) for name in ("validation_share", "validation_rows")}
+        pool = self._tokens() if self.rows_known else tokens
+        seen = reached_tokens(pool, self.rows, steps=1.0, batch_tokens=tokens, **given)
+        samples = params.samples if getattr(params, "codec", "topk") == "sample" else 0
+        vocab = int(self.teacher.config["vocab_size"])
+        self.cached = max(self.cached, seen * position_bytes(vocab, top_k=params.top_k, samples=samples))
+        return seen
 
     def _pruning(self, node: Node) -> float:
         params: Any = node.params
@@ -236,11 +250,10 @@ class _Walk:
         state = _State(with_shape(before.config, shape))
         self._becomes(node, state)
         tokens = params.recovery.steps * params.recovery.batch_tokens
+        seen = self._taught(params.recovery, tokens) if params.recovery.kd_weight else 0.0
         self._training_memory(before, params.recovery)
         calibration = self.forward(before.parameters, params.calibration_tokens)
-        return (
-            3.0 + calibration + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, tokens)
-        )
+        return 3.0 + calibration + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, seen)
 
     def _quantization(self, node: Node) -> float:
         before = self.model_of(node)
@@ -260,7 +273,8 @@ class _Walk:
         if isinstance(params, QatParams):
             self._training_memory(before, params)
             tokens = (params.steps + params.scale_steps) * params.batch_tokens
-            seconds += self.training(before.parameters, tokens) + self.forward(before.parameters, tokens)
+            seen = self._taught(params, tokens) if params.loss != "ce" else 0.0
+            seconds += self.training(before.parameters, tokens) + self.forward(before.parameters, seen)
             seconds += self.training(before.parameters, params.block_steps * params.batch_size * params.max_tokens)
         return seconds
 
@@ -310,6 +324,8 @@ def _figures(walk: _Walk, plan: Plan, result: Estimate) -> None:
     result.figures[TIME_TO_RUN] = (sum(missing) + IMPORT_SECONDS if missing else 0.0, "s")
     result.figures[TIME_OF_ALL] = (sum(known) + IMPORT_SECONDS, "s")
     result.figures["peak memory of the run"] = (float(walk.peak), "bytes")
+    if walk.cached:
+        result.figures["teacher's targets on the disk, at most"] = (float(walk.cached), "bytes")
     result.figures["teacher parameters"] = (float(walk.teacher.parameters), "parameters")
     result.figures["student parameters"] = (float(walk.last.parameters), "parameters")
     memory = plan.facts.device["memory_bytes"]

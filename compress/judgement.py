@@ -31,10 +31,10 @@ FILE = "verdict.json"
 PREFERRED = ("exact_match", "perplexity", "nll", "kl")  # the ledger's metric, the first that was measured
 
 WORDS = {
-    "min": "at least {0:g}",
-    "max": "at most {0:g}",
-    "max_drop": "at most {0:g} below the teacher",
-    "max_rise": "at most {0:g} above the teacher",
+    "min": "at least {0:zg}",
+    "max": "at most {0:zg}",
+    "max_drop": "at most {0:zg} below the teacher",
+    "max_rise": "at most {0:zg} above the teacher",
     "min_ratio": "at least {0:g} times smaller than the teacher",
     "max_ratio": "at most {0:g} times the teacher's",
 }
@@ -56,7 +56,7 @@ def build_ledger(scores: Sequence[tuple[str, Scores]], metric: str, *, seed: int
     entries: list[LedgerEntry] = []
     for at, (step, these) in enumerate(scores):
         loss = difference(these, scores[at - 1][1], metric, seed=seed, samples=samples, level=level) if at else None
-        ends = sorted((sign * loss.low, sign * loss.high)) if loss else [None, None]
+        told = None if loss is None else as_measure(loss.signed(sign))
         intervals = {name: measure(these, name, seed=seed, level=level) for name in these.metrics}
         entries.append(
             {
@@ -64,9 +64,9 @@ def build_ledger(scores: Sequence[tuple[str, Scores]], metric: str, *, seed: int
                 "parameters": these.parameters,
                 "bytes": these.bytes,
                 "metrics": {name: as_measure(interval) for name, interval in intervals.items()},
-                "loss": (sign * loss.mean if loss else None) if at else 0.0,
-                "loss_low": ends[0],
-                "loss_high": ends[1],
+                "loss": (told["mean"] if told else None) if at else 0.0,
+                "loss_low": told["low"] if told else None,
+                "loss_high": told["high"] if told else None,
             }
         )
     losses = [(entry["loss"], entry["step"]) for entry in entries if entry["loss"] is not None and entry["loss"] > 0]
@@ -104,6 +104,7 @@ def limit_record(result: LimitResult, measured: Mapping[str, Measured]) -> Limit
     """One answered limit in the run record's form."""
     seen = measured.get(result.metric)
     interval = result.interval
+    ends = None if interval is None else as_measure(interval)
     value = interval.mean if interval is not None else result.judged
     return {
         "metric": result.metric,
@@ -112,8 +113,8 @@ def limit_record(result: LimitResult, measured: Mapping[str, Measured]) -> Limit
         "limit_value": result.bound,
         "value": value,
         "judged": result.judged,
-        "low": interval.low if interval is not None else None,
-        "high": interval.high if interval is not None else None,
+        "low": None if ends is None else ends["low"],
+        "high": None if ends is None else ends["high"],
         "measured": seen.value if seen else None,
         "teacher": seen.teacher if seen else None,
         "passed": result.passed,

@@ -158,10 +158,10 @@ def failure(limit: LimitRecord) -> str:
     head, value, judged = f"{limit['metric']}: {limit['limit']}", limit["value"], limit["judged"]
     if value is None or judged is None:
         return f"{head}, but {limit['reason'].removeprefix(limit['metric'] + ': ')}"
-    text = f"{head}, measured {value:.4g}"
+    text = f"{head}, measured {value:z.4g}"
     if limit["low"] is not None and limit["high"] is not None:
         end = "upper" if judged == limit["high"] else "lower"
-        text += f" (interval {limit['low']:.4g} to {limit['high']:.4g}, judged at its {end} end {judged:.4g})"
+        text += f" (interval {limit['low']:z.4g} to {limit['high']:z.4g}, judged at its {end} end {judged:z.4g})"
     if limit["comparison"] not in ("min", "max") and limit["measured"] is not None and limit["teacher"] is not None:
         text += f", from {limit['measured']:.6g} against the teacher's {limit['teacher']:.6g}"
     return text

@@ -15,14 +15,24 @@ from compress.charts import BarRow, Line, Point, Segment, number, size
 from compress.errors import StoreError
 from compress.files import write_whole
 from compress.run_record import CurveRecord, Ledger, LedgerEntry, RunRecord
+from compress.scores import SHARES
 
 TONES = ("a", "b", "c", "d", "e")
-SHARES = {"exact_match", "function_accuracy", "argument_f1", "valid_json", "top1_agreement"}
 
 
 def quality_words(metric: str) -> Any:
     """How a value of ``metric`` is written: a share in per cent, anything else as a figure."""
-    return (lambda v: f"{v * 100:.1f} %") if metric in SHARES else (lambda v: f"{v:.4g}")
+    return (lambda v: f"{v * 100:z.1f} %") if metric in SHARES else (lambda v: f"{v:z.4g}")
+
+
+def fixed(value: float) -> str:
+    """A figure with four digits behind the point; what rounds to 0 has no sign."""
+    return f"{value:z.4f}"
+
+
+def change(share: float) -> str:
+    """How far off an estimate is, in per cent."""
+    return f"{share * 100:+z.0f} %"
 
 
 def short(step: str) -> str:
@@ -61,7 +71,7 @@ def ledger_plot(ledger: Ledger) -> str:
     if not points:
         return ""
     metric = ledger["metric"]
-    words = (lambda v: f"{v * 100:+z.2f} points") if metric in SHARES else (lambda v: f"{v:+.4g}")
+    words = (lambda v: f"{v * 100:+z.2f} points") if metric in SHARES else (lambda v: f"{v:+z.4g}")
     return charts.differences(points, title=f"Loss ledger: {metric} given up by every step", words=words)
 
 
@@ -154,7 +164,7 @@ def render(record: RunRecord) -> str:
 
     source = resources.files("compress").joinpath("templates/report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size, "number": number}
+    environment.filters |= {"size": size, "number": number, "fixed": fixed, "change": change}
     ledger = record["ledger"]
     plots = {
         "size_quality": size_quality(ledger) if ledger else "",

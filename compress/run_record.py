@@ -67,7 +67,7 @@ class FunnelStep(TypedDict):
 
 
 class Measure(TypedDict):
-    """A mean over test rows with its bootstrap interval; low and high are None where no interval is made."""
+    """A mean over test rows with its interval (``compress.scores``); an end that nothing is known of is None."""
 
     mean: float
     low: float | None
@@ -83,7 +83,7 @@ class LedgerEntry(TypedDict):
     bytes: int | None  # teacher: as fp32; checkpoints: the safetensors files; bundle: the whole folder
     metrics: dict[str, Measure]
     loss: float | None  # quality given up against the entry before, in the ledger's metric; positive is worse
-    loss_low: float | None  # paired bootstrap interval of the loss
+    loss_low: float | None  # interval of the loss, row by row
     loss_high: float | None
 
 

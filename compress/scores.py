@@ -2,15 +2,17 @@
 
 A `Scores` file holds, for every metric, one numerator and one weight per row: an exact match is (0 or 1, 1), a loss
 is (nats, tokens). The metric's value is the ratio of the sums, for perplexity the exponential of it. `measure` gives
-value and interval, `difference` and `ratio` compare two files over the same rows (Efron & Tibshirani 1993, chapter 8:
-pairs are resampled together). Knows nothing of how a row was scored, of models, or of limits.
+value and interval, `difference` and `ratio` compare two files over the same rows. Rows that are right or wrong get the
+exact and score intervals of ``evaluators.intervals``; else rows are resampled (Efron & Tibshirani 1993, chapter 8:
+pairs together). Knows nothing of how a row was scored, of models, or of limits.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,18 @@ from numpy.typing import NDArray
 from compress.errors import StoreError
 from compress.files import json_text, write_whole
 from compress.run_record import Measure
+from evaluators import intervals
 from evaluators.bootstrap import Interval, percentiles, resampled_sums
 
 Array = NDArray[np.float64]
 
 FILE = "scores.json"
-LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl"})
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "kl", "unknown_function_rate"})
+SHARES = frozenset(
+    {"exact_match", "function_accuracy", "argument_f1", "valid_json", "unknown_function_rate", "top1_agreement"}
+)  # every row's value lies between 0 and 1
+MISSED = 0.001  # chance that as many rows again show no right one, above which nothing is divided by their share
+FEW = 10  # rows that differ from the rest, below which resampling them is no guide to rows that were not seen
 EXPONENTIAL = frozenset({"perplexity"})  # exp of the mean loss
 
 
@@ -128,28 +136,46 @@ def _value(metric: str, sums: float | Array, weights: float | Array) -> float | 
 
 
 def measure(scores: Scores, metric: str, *, seed: int, samples: int = 2000, level: float = 0.95) -> Interval:
-    """Value of ``metric`` with its bootstrap interval over rows."""
-    table = np.stack([scores.sums[metric], scores.weights[metric]], axis=1)
-    draws = resampled_sums(table, samples, seed)
+    """Value of ``metric`` with its interval over rows: exact where rows are right or wrong, else by the bootstrap."""
+    sums, weights = scores.sums[metric], scores.weights[metric]
+    if _right_or_wrong(metric, sums, weights):
+        ends = intervals.proportion(round(sums.sum()), len(sums), level)
+        return Interval(scores.value(metric), *ends, len(sums), "exact")
+    draws = resampled_sums(np.stack([sums, weights], axis=1), samples, seed)
     draws = draws[draws[:, 1] > 0]
-    ends = percentiles(np.asarray(_value(metric, draws[:, 0], draws[:, 1])), level)
-    return Interval(scores.value(metric), *ends, len(table))
+    found = _drawn(scores.value(metric), np.asarray(_value(metric, draws[:, 0], draws[:, 1])), level, len(sums))
+    if metric not in SHARES:
+        return _doubted(found, sums / weights)
+    _, counts = np.unique(sums / weights, return_counts=True)
+    if len(sums) - counts.max() >= FEW:
+        return found
+    return _widened(found, intervals.wilson(found.mean, intervals.effective_rows(weights), level))
 
 
 def as_measure(interval: Interval) -> Measure:
-    """An interval in the run record's form."""
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": interval.rows}
+    """An interval in the run record's form: an end that nothing is known of is None."""
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return {"mean": interval.mean, "low": low, "high": high, "n": interval.rows}
 
 
 def difference(
     after: Scores, before: Scores, metric: str, *, seed: int, samples: int = 10_000, level: float = 0.95
 ) -> Interval | None:
     """Interval of ``value(after) - value(before)`` over the same rows; None when the rows are not the same."""
-    draws = _paired_draws(after, before, metric, seed=seed, samples=samples)
-    if draws is None:
+    if not _same_rows(after, before, metric):
         return None
-    ends = percentiles(draws[0] - draws[1], level)
-    return Interval(after.value(metric) - before.value(metric), *ends, len(after.ids[metric]))
+    value, rows = after.value(metric) - before.value(metric), len(after.ids[metric])
+    pairs = _Pairs.of(after, before, metric)
+    if pairs.right_or_wrong:
+        ends = intervals.paired_difference(pairs.up, pairs.down, rows, level)
+        return Interval(value, *ends, rows, "paired score")
+    draws = _paired_draws(after, before, metric, seed=seed, samples=samples)
+    found = _drawn(value, draws[0] - draws[1], level, rows)
+    if metric not in SHARES:
+        return _doubted(found, pairs.changes)
+    if pairs.changed >= FEW:
+        return found
+    return _widened(found, intervals.paired_difference(*pairs.weighed, level))
 
 
 def ratio(
@@ -158,19 +184,94 @@ def ratio(
     """Interval of ``value(after) / value(before)`` over the same rows.
 
     For perplexity this is exp of the difference of the token-weighted mean losses. None when the rows are not the
-    same, or when ``before`` is 0 in some resample: leaving those out would make the interval look better than it is.
+    same, or when ``before`` is 0, or may be on other rows: leaving those out would make the interval look better than
+    it is.
     """
-    draws = _paired_draws(after, before, metric, seed=seed, samples=samples)
-    if draws is None or before.value(metric) <= 0 or (draws[1] <= 0).any():
+    if not _same_rows(after, before, metric) or before.value(metric) <= 0:
         return None
-    ends = percentiles(draws[0] / draws[1], level)
-    return Interval(after.value(metric) / before.value(metric), *ends, len(after.ids[metric]))
+    value, rows = after.value(metric) / before.value(metric), len(after.ids[metric])
+    pairs = _Pairs.of(after, before, metric)
+    draws = None if pairs.right_or_wrong else _paired_draws(after, before, metric, seed=seed, samples=samples)
+    if (1 - before.value(metric)) ** rows > MISSED if draws is None else (draws[1] <= 0).any():
+        return None
+    if draws is None:
+        ends = intervals.paired_ratio(pairs.up, pairs.down, pairs.both, rows, level)
+        return Interval(value, *ends, rows, "paired score")
+    found = _drawn(value, draws[0] / draws[1], level, rows)
+    if metric not in SHARES:
+        return _doubted(found, pairs.changes, lowest=0.0)
+    if pairs.changed >= FEW:
+        return found
+    low, high = intervals.paired_difference(*pairs.weighed, level)
+    teacher = before.value(metric)
+    return _widened(found, (max(0.0, 1 + low / teacher), 1 + high / teacher))
 
 
-def _paired_draws(after: Scores, before: Scores, metric: str, *, seed: int, samples: int) -> tuple[Array, Array] | None:
-    """Values of ``metric`` of both, (samples,) each, over the same resampled rows; None when the rows differ."""
-    if metric not in after.sums or metric not in before.sums or after.ids[metric] != before.ids[metric]:
-        return None
+@dataclass(frozen=True)
+class _Pairs:
+    """How rows changed from one subject to another: ``changes`` (rows,) of the value, ``weights`` (rows,)."""
+
+    changes: Array
+    weights: Array
+    both: int  # rows right both times, where rows are right or wrong
+    right_or_wrong: bool
+
+    @staticmethod
+    def of(after: Scores, before: Scores, metric: str) -> _Pairs:
+        left, right = (each.sums[metric] / each.weights[metric] for each in (after, before))
+        plain = all(_right_or_wrong(metric, each.sums[metric], each.weights[metric]) for each in (after, before))
+        return _Pairs(left - right, after.weights[metric], int(((left > 0) & (right > 0)).sum()), plain)
+
+    @property
+    def up(self) -> int:
+        return int((self.changes > 0).sum())
+
+    @property
+    def down(self) -> int:
+        return int((self.changes < 0).sum())
+
+    @property
+    def changed(self) -> int:
+        return self.up + self.down
+
+    @property
+    def weighed(self) -> tuple[float, float, float]:
+        """Rows up, rows down and all, as so many of equal weight as say no more; a changed row counts as a whole."""
+        rows = intervals.effective_rows(self.weights)
+        share = rows / len(self.changes)
+        return self.up * share, self.down * share, rows
+
+
+def _right_or_wrong(metric: str, sums: Array, weights: Array) -> bool:
+    """Whether every row is one answer, right or wrong."""
+    return metric in SHARES and bool((weights == 1).all() and np.isin(sums, (0.0, 1.0)).all())
+
+
+def _drawn(value: float, draws: Array, level: float, rows: int) -> Interval:
+    return Interval(value, *percentiles(draws, level), rows)
+
+
+def _widened(found: Interval, ends: tuple[float, float]) -> Interval:
+    """``found``, at least as wide as ``ends``: few rows differ, and resampling cannot show what none of them did."""
+    return replace(found, low=min(found.low, ends[0]), high=max(found.high, ends[1]), method="bootstrap or score")
+
+
+def _doubted(found: Interval, values: Array, *, lowest: float = -math.inf) -> Interval:
+    """``found`` of a quantity without an upper bound, with its note where resampling says nothing."""
+    if len(values) == 1:
+        note = "one row, of which no interval can be made"
+        return replace(found, low=lowest, high=math.inf, method="none", note=note)
+    if (values == values[0]).all():
+        return replace(found, note=f"all {len(values)} rows are equal, so that the interval has no width")
+    return found
+
+
+def _same_rows(after: Scores, before: Scores, metric: str) -> bool:
+    return metric in after.sums and metric in before.sums and after.ids[metric] == before.ids[metric]
+
+
+def _paired_draws(after: Scores, before: Scores, metric: str, *, seed: int, samples: int) -> tuple[Array, Array]:
+    """Values of ``metric`` of both, (samples,) each, over the same resampled rows."""
     columns = [after.sums[metric], after.weights[metric], before.sums[metric], before.weights[metric]]
     draws = resampled_sums(np.stack(columns, axis=1), samples, seed)
     draws = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]

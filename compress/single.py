@@ -185,7 +185,7 @@ def _teacher_identity(spec: str) -> str:
 
 
 def _as_rows(slot: str, path: Path, temporary: Path, notes: list[str]) -> Path:
-    """``path`` as an artifact folder of rows; files are read into ``temporary``, what the reader decided into ``notes``."""
+    """``path`` as an artifact folder of rows; files are read into ``temporary``, the reader's ``notes`` are added."""
     if slot not in ("data", "test", "reference") or (path.is_dir() and (path / "rows.parquet").is_file()):
         return path
     from compress.data.rows import read_source, write_rows  # loads pyarrow

@@ -354,7 +354,7 @@ STAGES: tuple[Stage, ...] = (
         version=3,
         reads=("evaluations",),
         writes="verdict",
-        summary="paired bootstrap against the teacher, the loss ledger, the verdict",
+        summary="intervals row by row against the teacher, the loss ledger, the verdict",
     ),
     Stage(
         "deploy.bench",

@@ -63,8 +63,8 @@ def quality(measure: Measure | None) -> str:
     if measure is None:
         return "-"
     if measure["low"] is None or measure["high"] is None:
-        return f"{measure['mean']:.4g}"
-    return f"{measure['mean']:.4g} [{measure['low']:.4g}, {measure['high']:.4g}]"
+        return f"{measure['mean']:z.4g}"
+    return f"{measure['mean']:z.4g} [{measure['low']:z.4g}, {measure['high']:z.4g}]"
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
@@ -176,7 +176,7 @@ def show_local(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: Co
     ):
         seen, reckoned = measured[key], foretold[key]
         words = human_bytes if unit else rate
-        table.add_row(what, words(seen), words(reckoned), f"{reckoned / seen - 1:+.0%}")
+        table.add_row(what, words(seen), words(reckoned), f"{reckoned / seen - 1:+z.0%}")
     out.print(table)
 
 

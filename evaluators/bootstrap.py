@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap: of a mean, of a paired difference of means, of a ratio of sums.
+"""Intervals by the bootstrap: of a mean, of a paired difference of means, of a ratio of sums; see also `intervals`.
 
 Percentile intervals from resampled rows (Efron & Tibshirani 1993, chapter 13); pairs are resampled together
 (chapter 8). Seeded, vectorised in slices so that memory stays flat. Knows nothing of what the rows mean.
@@ -6,7 +6,7 @@ Percentile intervals from resampled rows (Efron & Tibshirani 1993, chapter 13); 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,27 @@ SLICE = 4_000_000  # resampled values held at once
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A point estimate with its interval; ``rows`` is how many rows stand behind it."""
+    """A point estimate with its interval; ``rows`` is how many rows stand behind it.
+
+    An end that nothing is known of is infinite. ``method`` is how the interval was made, ``note`` what a reader must
+    know of it.
+    """
 
     mean: float
     low: float
     high: float
     rows: int
+    method: str = "bootstrap"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "low", "high"):  # 0 has no sign here: a drop of -0 reads like a gain
+            object.__setattr__(self, name, getattr(self, name) + 0.0)
+
+    def signed(self, sign: float) -> Interval:
+        """Of the quantity times ``sign``, which is 1 or -1."""
+        low, high = sorted((sign * self.low, sign * self.high))
+        return replace(self, mean=sign * self.mean, low=low, high=high)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -8,8 +8,9 @@ as they are. Knows nothing of how anything was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evaluators.bootstrap import Interval
@@ -85,7 +86,7 @@ class Verdict:
 
 def turned(interval: Interval) -> Interval:
     """The interval of the reciprocal of what ``interval`` is of; its ends must be above 0."""
-    return Interval(1 / interval.mean, 1 / interval.high, 1 / interval.low, interval.rows)
+    return replace(interval, mean=1 / interval.mean, low=1 / interval.high, high=1 / interval.low)
 
 
 def compared(limit: Limit, seen: Measured) -> Interval | float | None:
@@ -100,9 +101,8 @@ def compared(limit: Limit, seen: Measured) -> Interval | float | None:
 def _difference(limit: Limit, seen: Measured) -> Interval | float | None:
     sign = -1.0 if limit.kind == "max_drop" else 1.0
     if seen.difference is not None:
-        ends = sorted((sign * seen.difference.low, sign * seen.difference.high))
-        return Interval(sign * seen.difference.mean, ends[0], ends[1], seen.difference.rows)
-    return sign * (seen.value - seen.teacher) if seen.interval is None and seen.teacher is not None else None
+        return seen.difference.signed(sign)
+    return sign * (seen.value - seen.teacher) + 0.0 if seen.interval is None and seen.teacher is not None else None
 
 
 def _ratio(limit: Limit, seen: Measured) -> Interval | float | None:
@@ -132,17 +132,23 @@ def judge_one(limit: Limit, measured: Mapping[str, Measured]) -> LimitResult:
         )
     interval = found if isinstance(found, Interval) else None
     judged = found if not isinstance(found, Interval) else found.high if upper else found.low
-    passed = judged <= limit.bound if upper else judged >= limit.bound
-    reason = f"{limit.metric}: {what} is {told(found, upper=upper)}, allowed {'<=' if upper else '>='} {limit.bound:g}"
-    return LimitResult(limit.metric, limit.kind, limit.bound, passed, judged, seen.value, interval, reason)
+    passed = math.isfinite(judged) and (judged <= limit.bound if upper else judged >= limit.bound)
+    sign = "<=" if upper else ">="
+    reason = f"{limit.metric}: {what} is {told(found, upper=upper)}, allowed {sign} {limit.bound:zg}"
+    shown = judged if math.isfinite(judged) else None
+    return LimitResult(limit.metric, limit.kind, limit.bound, passed, shown, seen.value, interval, reason)
 
 
 def told(found: Interval | float, *, upper: bool) -> str:
     """The measured mean, its interval, and the end of it that counts, in words; an exact figure stands alone."""
     if not isinstance(found, Interval):
-        return f"{found:.4g}"
+        return f"{found:z.4g}"
+    if found.method == "none":
+        return f"{found.mean:z.4g}, and how far that is by chance cannot be told: {found.note}"
     end, judged = ("upper", found.high) if upper else ("lower", found.low)
-    return f"{found.mean:.4g} (interval {found.low:.4g} to {found.high:.4g}), judged at its {end} end {judged:.4g}"
+    ends = f"interval {found.low:z.4g} to {found.high:z.4g}, {found.rows} rows"
+    note = f" ({found.note})" if found.note else ""
+    return f"{found.mean:z.4g} ({ends}), judged at its {end} end {judged:z.4g}{note}"
 
 
 def judge(limits: Sequence[Limit], measured: Mapping[str, Measured]) -> Verdict:

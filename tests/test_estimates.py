@@ -247,3 +247,17 @@ def test_plan_loads_no_torch(tmp_path: Path) -> None:
     shown = json.loads(done.stdout)
     assert [row["cached"] for row in shown["stages"]] == [False] * len(shown["stages"])
     assert any("fits raspberry-pi-5" in note for note in shown["notes"])
+
+
+def test_a_cache_is_foretold_by_the_rows_that_the_steps_reach(tmp_path: Path) -> None:
+    """Ten steps of 1,024 tokens and the held-out rows, not the whole pool; 32 entries of 4 bytes and 2 a token."""
+    path = folder(tmp_path)
+    (tmp_path / "pool.jsonl").write_text('{"text": "once upon a time"}\n' * 400_000)
+    key, what = "steps[0].model.distillation", "teacher's targets on the disk, at most"
+    small, large = (foretold(path, f"{key}.steps={steps}", f"{key}.targets=cache") for steps in (10, 100_000))
+    held = 256 * 150 / 3.5
+    assert small.figures[what][0] == pytest.approx((10 * 1024 + held) * 130, rel=0.01)
+    pool = path.with_name("pool.jsonl").stat().st_size / 3.5
+    assert large.figures[what][0] == pytest.approx(pool * 130, rel=0.01)
+    online = foretold(path, f"{key}.steps=10", f"{key}.targets=online")
+    assert what not in online.figures

@@ -65,8 +65,8 @@ def test_one_failed_limit_fails_the_whole_gate():
 
 def test_reason_tells_the_mean_the_interval_and_the_end_that_counts():
     (answer,) = judge([Limit("m", "max_drop", 0.02)], {"m": drop(-0.03, 0.01)}).results
-    told = "m: how much lower than the teacher's is 0.01 (interval -0.01 to 0.03), judged at its upper end 0.03"
-    assert answer.reason == f"{told}, allowed <= 0.02"
+    told = "m: how much lower than the teacher's is 0.01 (interval -0.01 to 0.03, 500 rows)"
+    assert answer.reason == f"{told}, judged at its upper end 0.03, allowed <= 0.02"
     (answer,) = judge([Limit("m", "min_ratio", 6)], {"m": Measured(1.0, 5.0)}).results
     assert answer.reason == "m: teacher / shipped is 5, allowed >= 6"
 

@@ -12,7 +12,7 @@ Knows nothing of models or training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import DataError
+from compress.model.distillation.cache_size import position_bytes
 from compress.model.distillation.losses import Sparse
-from compress.model.distillation.sampled import Drawn, DrawnShard, Sampled, draw, entry_bytes, shares_of
+from compress.model.distillation.sampled import Drawn, DrawnShard, Sampled, draw, shares_of
 from compress.model.distillation.shard_folder import ShardFolder
 
 CodecName = Literal["topk", "sample"]
@@ -61,9 +62,7 @@ class CacheHeader:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one target position, keys not counted; with codec ``sample``, at most."""
-        if self.codec == "sample":
-            return min(self.samples, self.vocab) * entry_bytes(self.vocab, self.samples)
-        return min(self.top_k, self.vocab) * ((2 if self.vocab <= 1 << 16 else 4) + 2) + 2
+        return position_bytes(self.vocab, top_k=self.top_k, samples=self.samples)
 
     def offsets(self, key: bytes, count: int) -> Tensor:
         """The random numbers (count,) of the row with ``key``: the row's own, whatever is drawn before it."""
@@ -107,9 +106,9 @@ def encode_for(header: CacheHeader, logprobs: Tensor, offsets: Tensor | None) ->
     return draw(logprobs, offsets, header.samples)
 
 
-def joined(parts: Sequence[Coded | Drawn]) -> Coded | Drawn:
-    """Positions after positions, all of one codec."""
-    return type(parts[0])(*(torch.cat([getattr(p, field.name) for p in parts]) for field in fields(parts[0])))
+def tensors_of(coded: Coded | Drawn) -> dict[str, Tensor]:
+    """What is stored of positions, by name."""
+    return {field.name: getattr(coded, field.name) for field in fields(coded)}
 
 
 def _wide(ids: Tensor) -> Tensor:
@@ -165,8 +164,7 @@ class TargetCache(ShardFolder):
         Raises:
             StoreError: the disk is full or the folder cannot be written.
         """
-        tensors = {field.name: getattr(coded, field.name) for field in fields(coded)}
-        self.write(keys, counts, tensors, positions=sum(counts))
+        self.write(keys, counts, tensors_of(coded), positions=sum(counts))
 
     def take(self, positions: Tensor) -> Sparse | Sampled:
         """The teacher's targets at ``positions`` (N,) int64, in their order."""
@@ -204,16 +202,6 @@ class TargetCache(ShardFolder):
         else:
             self._parts.append(Coded(tensors["ids"], tensors["logprobs"], tensors["log_tail"]))
         self._ends.append(at)
-
-
-def shards(counts: Sequence[int], size: int) -> Iterator[slice]:
-    """Cut rows with ``counts`` targets into runs of at least ``size`` targets (the last may have fewer)."""
-    start = total = 0
-    for end, count in enumerate(counts, start=1):
-        total += count
-        if total >= size or end == len(counts):
-            yield slice(start, end)
-            start, total = end, 0
 
 
 def _bits(ids: Tensor) -> Tensor:

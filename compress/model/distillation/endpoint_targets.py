@@ -17,9 +17,10 @@ import torch
 
 from compress.endpoint_logprobs import Place, PromptScorer
 from compress.errors import UserError
-from compress.model.distillation.cache import Coded, TargetCache
+from compress.model.distillation.cache import Coded, TargetCache, tensors_of
+from compress.model.distillation.filling import Asked, EvenBatch, Said, fill
 from compress.model.distillation.packing import Indices, RowTable
-from compress.model.distillation.targets import CachedTargets, Codec, cache_figures, cache_header, fill_by
+from compress.model.distillation.targets import CachedTargets, Codec, cache_figures, cache_header
 
 if TYPE_CHECKING:
     from compress.context import StageContext
@@ -97,8 +98,11 @@ def endpoint_targets(
     named: tuple[Any, str],
     folder: Path,
     ctx: StageContext,
+    wanted: Indices | None = None,
 ) -> tuple[CachedTargets, dict[str, Any]]:
     """Fill a top-k cache in ``folder`` from ``teacher``, or go on with it; how the trainer asks it, and figures.
+
+    ``wanted`` are the rows that are asked about, all where it is left out.
 
     Raises:
         UserError: a parameter that an endpoint cannot meet, a server that refuses, that cannot tell of given tokens,
@@ -111,7 +115,8 @@ def endpoint_targets(
     scorer = PromptScorer(teacher.client, header.top_k)
     spelling = Spelling(named[0], table.vocab)
 
-    def code(rows: Indices) -> Coded:
+    def code(batch: EvenBatch) -> Said:
+        rows = batch.rows
         ids = [table.ids[table.starts[row] : table.starts[row] + table.lengths[row]].tolist() for row in rows]
         said = scorer.places(ids)
         style = _style(spelling, ids, said, teacher.client.url)
@@ -120,11 +125,11 @@ def endpoint_targets(
             answer = table.answer[table.starts[row] : table.starts[row] + table.lengths[row]]
             asked = [(tokens[at], places[at - 1]) for at in range(1, len(tokens)) if answer[at]]
             parts.extend(asked)
-        return coded_places(parts, spelling, style, top_k=header.top_k)
+        return tensors_of(coded_places(parts, spelling, style, top_k=header.top_k))
 
     cache = TargetCache(folder, header)
-    fill_by(cache, table, code, ctx.progress, size=SHARD_POSITIONS)
-    return CachedTargets(cache, table), cache_figures(cache)
+    fill(cache, Asked.of(table, wanted), code, ctx.progress, size=SHARD_POSITIONS, tokens=None)
+    return CachedTargets(cache, table, wanted), cache_figures(cache)
 
 
 def _check(params: LogitsParams, where: str) -> None:

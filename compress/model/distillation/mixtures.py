@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import DataError
 from compress.model.distillation.losses import Dense, States
@@ -60,6 +60,11 @@ class MixedTargets:
         """Where the teachers are."""
         return self.teachers[0].device
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """All that are run."""
+        return [teacher.teacher for teacher in self.teachers]
+
     def __call__(self, batch: Batch) -> States | Mixture:
         weights = self.weights[batch.rows]  # (B, M)
         heard = torch.nonzero((weights > 0).any(dim=0))[:, 0].tolist()
@@ -67,6 +72,9 @@ class MixedTargets:
         if len(parts) == 1:
             return parts[0]
         spread = torch.repeat_interleave(weights[:, heard], batch.counts, dim=0)
+        behind = len(batch.keep) - len(spread)  # positions that only fill a batch up
+        if behind:
+            spread = torch.cat([spread, spread[-1:].expand(behind, -1)])
         return Mixture(parts, spread.to(batch.labels.device))
 
 

@@ -154,10 +154,10 @@ class RowTable:
             digest.update(self.own.tobytes())
         return digest.hexdigest()
 
-    def batch(self, rows: Indices) -> Batch:
-        """Build the batch of ``rows``."""
+    def batch(self, rows: Indices, width: int | None = None) -> Batch:
+        """Build the batch of ``rows``, padded to ``width`` tokens, or to the longest of them."""
         lengths = self.lengths[rows]
-        places = np.arange(int(lengths.max()))
+        places = np.arange(int(lengths.max()) if width is None else width)
         real = places[None, :] < lengths[:, None]  # (B, T)
         source = np.where(real, self.starts[rows][:, None] + places[None, :], 0)
         ids = np.where(real, self.ids[source], 0)  # any id serves as padding: no kept position attends to it

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.model.distillation.cache_size import entry_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -40,11 +42,6 @@ class Drawn:
     """
 
     codes: Tensor
-
-
-def entry_bytes(vocab: int, samples: int) -> int:
-    """Bytes of one distinct token: 2 for 512 tokens and 12 draws, 3 up to 1.39 million tokens."""
-    return ((vocab * samples - 1).bit_length() + 7) // 8
 
 
 def draw(logprobs: Tensor, offsets: Tensor, samples: int) -> Drawn:

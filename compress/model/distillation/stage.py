@@ -192,7 +192,7 @@ def _taught(  # noqa: PLR0917 - both models, and what they see
     """The teacher's side of the training, and figures about it."""
     if not settings.loss.wants_teacher:
         return None, {}
-    target_fn, figures = targets_of(params, ctx, lesson, teacher)
+    target_fn, figures = targets_of(params, ctx, lesson, teacher, settings)
     if settings.loss.wants_features:
         target_fn = feature_targets(target_fn, student, settings.loss, where=ctx.name)
     return target_fn, figures if params.number is not None else figures | {"confidence": settings.loss.number}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,16 +18,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.errors import ModelError
-from compress.model.distillation.cache import CacheHeader, CodecName, Coded, TargetCache, encode_for, joined, shards
+from compress.errors import DataError, ModelError
+from compress.model.distillation.cache import CacheHeader, CodecName, TargetCache, encode_for, tensors_of
+from compress.model.distillation.filling import Asked, EvenBatch, Said, fill, joined
 from compress.model.distillation.forward import kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import Dense, States, Targets
-from compress.model.distillation.packing import Batch, Indices, RowTable, cut, moved
+from compress.model.distillation.packing import Batch, Indices, RowTable, moved
 from compress.model.distillation.resume import kept_choice, value_digest
-from compress.model.distillation.sampled import Drawn
 from compress.model.distillation.settings import Precision, choose_bf16
-from compress.model.distillation.shard_folder import ordered
 from compress.model.layers import output_head
 
 if TYPE_CHECKING:
@@ -36,8 +35,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TargetFn = Callable[[Batch], Targets]
-SHARD_POSITIONS = 16_384  # a kill loses at most the teacher's work on these
+SHARD_POSITIONS = 16_384  # of one file; what is said of fewer lies in parts until it is whole
 TEACHER_TOKENS = 4_096  # padded tokens of one teacher batch
+CACHE_TOKENS = 1_024  # the same on a CPU, where a cache is filled: a batch takes seconds and is full more often
+CACHE_PRODUCTS = 250e9  # multiplications of one such batch at most: five to ten seconds on two cores
+LEAST_TOKENS = 32
 
 
 class TargetParams(Protocol):
@@ -78,6 +80,9 @@ class Online(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def models(self) -> Sequence[nn.Module]: ...
+
     def __call__(self, batch: Batch) -> DenseTargets: ...
 
 
@@ -95,6 +100,11 @@ class OnlineTargets:
         """Where the teacher is."""
         return self.head.device
 
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The one that is run."""
+        return [self.teacher]
+
     def __call__(self, batch: Batch) -> States:
         if self.head.device != batch.input_ids.device:  # the trainer has moved the student to a GPU
             self.teacher = self.teacher.to(batch.input_ids.device)
@@ -107,16 +117,21 @@ class OnlineTargets:
 class CachedTargets:
     """Reads the targets of a table's rows from a cache."""
 
-    def __init__(self, cache: TargetCache, table: RowTable) -> None:
-        """Look every row up at once.
+    def __init__(self, cache: TargetCache, table: RowTable, wanted: Indices | None = None) -> None:
+        """Look every row up at once, or those ``wanted`` alone.
 
         Raises:
             DataError: a row is not in the cache.
         """
         self.cache = cache
-        self.first = torch.tensor([cache.first_position(table.key(row), f"number {row}") for row in range(len(table))])
+        self.first = torch.full((len(table),), -1, dtype=torch.int64)
+        for row in range(len(table)) if wanted is None else wanted.tolist():
+            self.first[row] = cache.first_position(table.key(row), f"number {row}")
 
     def __call__(self, batch: Batch) -> Targets:
+        if bool((self.first[batch.rows] < 0).any()):
+            got = f"row number {int(batch.rows[self.first[batch.rows] < 0][0])} was not asked about"
+            raise DataError(str(self.cache.folder), got, do="Fill the cache with these rows first")
         before = torch.cumsum(batch.counts, 0) - batch.counts  # targets of the batch before each row
         shift = torch.repeat_interleave(self.first[batch.rows] - before, batch.counts)
         return moved(self.cache.take(shift + torch.arange(len(shift))), batch.labels.device)
@@ -131,10 +146,12 @@ def teacher_targets(
     folder: Path,
     progress: Progress,
     codec: Codec | None = None,
+    wanted: Indices | None = None,
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures about it; a cache is made in ``folder``, or gone on with.
 
-    ``named`` is the tokenizer that made the rows and the teacher's identity. Without ``codec``: top-k.
+    ``named`` is the tokenizer that made the rows and the teacher's identity. Without ``codec``: top-k. ``wanted`` are
+    the rows that the training reaches, all where it is left out: a cache holds no others.
     """
     online_too = params.targets == "online"  # then it follows the student to its device; a cache is filled here
     device = None if online_too else teacher.device.type
@@ -147,70 +164,76 @@ def teacher_targets(
         return online, {}
     codec = codec or Codec(top_k=params.top_k)
     about = cache_header(named, vocab=table.vocab, codec=codec, temperature=params.temperature)
-    return cached_targets(TargetCache(folder, about), table, online, progress)
+    return cached_targets(TargetCache(folder, about), table, online, progress, wanted)
 
 
 def cached_targets(
-    cache: TargetCache, table: RowTable, online: Online, progress: Progress
+    cache: TargetCache, table: RowTable, online: Online, progress: Progress, wanted: Indices | None = None
 ) -> tuple[CachedTargets, dict[str, Any]]:
-    """``cache`` filled with what ``online`` says of ``table``, as the trainer asks it, and figures about it."""
-    fill_cache(cache, table, online, progress)
-    return CachedTargets(cache, table), cache_figures(cache)
+    """``cache`` filled with what ``online`` says of ``table``, as the trainer asks it, and figures about it.
+
+    ``wanted`` are the rows that are asked about, all where it is left out.
+    """
+    fill_cache(cache, table, online, progress, wanted)
+    return CachedTargets(cache, table, wanted), cache_figures(cache)
 
 
 def cache_figures(cache: TargetCache) -> dict[str, Any]:
     """What a target token takes by the layout (with codec ``sample`` at most), and what it took on the disk."""
     return {
         "target_bytes_per_token": cache.header.bytes_per_token,
-        "target_bytes_per_token_stored": round(cache.stored_bytes / cache.positions, 2),
+        "target_bytes_per_token_stored": round(cache.stored_bytes / max(1, cache.positions), 2),
         "target_positions": cache.positions,
     }
 
 
-def fill_cache(cache: TargetCache, table: RowTable, online: Online, progress: Progress) -> None:
-    """Compute what ``cache`` lacks of ``table``; killed and run again, it goes on at the next shard.
-
-    Shards and batches are cut from all rows before those already stored are skipped, so that a resumed cache
-    holds the very bits of an unbroken one (a product's last bit depends on the size of its batch).
-    """
-    fill_by(cache, table, lambda rows: _coded(rows, table, online, cache.header), progress, size=SHARD_POSITIONS)
-
-
-def fill_by(
-    cache: TargetCache,
-    table: RowTable,
-    code: Callable[[Indices], Coded | Drawn],
-    progress: Progress,
-    *,
-    size: int,
+def fill_cache(
+    cache: TargetCache, table: RowTable, online: Online, progress: Progress, wanted: Indices | None = None
 ) -> None:
-    """`fill_cache` with ``code``, which gives the coded targets of rows, in shards of ``size`` positions."""
-    keys = [table.key(row) for row in range(len(table))]
-    rows = ordered(keys, table.lengths)
-    with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
-        for piece in shards(table.counts[rows].tolist(), size):
-            run = rows[piece]
-            if not all(keys[row] in cache for row in run):
-                cache.append([keys[row] for row in run], table.counts[run].tolist(), code(run))
-            bar.advance(int(table.lengths[run].sum()))
+    """Compute what ``cache`` lacks of ``table``, or of its rows ``wanted``; killed and run again, it goes on.
+
+    A resumed cache holds the very files of an unbroken one, and of a teacher alone the very bits that it says of a row
+    whatever others are asked about.
+    """
+
+    def code(batch: EvenBatch) -> Said:
+        return _coded(batch, table, online, cache.header)
+
+    fill(cache, Asked.of(table, wanted), code, progress, size=SHARD_POSITIONS, tokens=cache_tokens(online))
 
 
-def _coded(rows: Indices, table: RowTable, online: Online, header: CacheHeader) -> Coded | Drawn:
-    """Teacher's coded targets of ``rows`` (sorted by length), in their order."""
+def cache_tokens(online: Online) -> int:
+    """Padded tokens of one batch of the teacher: few enough that what it says is stored and shown every few seconds."""
+    if online.device.type != "cpu":
+        return TEACHER_TOKENS
+    parameters = sum(p.numel() for model in online.models for p in model.parameters())
+    tokens = CACHE_TOKENS
+    while tokens > LEAST_TOKENS and tokens * parameters > CACHE_PRODUCTS:
+        tokens //= 2
+    return tokens
+
+
+def _coded(batch: EvenBatch, table: RowTable, online: Online, header: CacheHeader) -> Said:
+    """Teacher's coded targets of the rows of ``batch``, in their order.
+
+    Every product has a shape that follows from the batch's width: the positions are filled up, too.
+    """
+    asked = table.batch(batch.filled, batch.width)
+    most = asked.input_ids.numel()
+    step = min(most, max(1, (1 << 22) // header.vocab))
+    fill_up = asked.keep.new_zeros(-(-most // step) * step - len(asked.keep))
+    said = online(replace(asked, keep=torch.cat([asked.keep, fill_up])).to(online.device))
+    count = int(table.counts[batch.rows].sum())
+    offsets = None
+    if header.codec == "sample":
+        offsets = torch.cat([header.offsets(table.key(row), int(table.counts[row])) for row in batch.rows])
     parts = []
-    for piece in cut(rows, table.lengths, TEACHER_TOKENS):
-        said = online(table.batch(piece).to(online.device))
-        count = int(table.counts[piece].sum())
-        offsets = None
-        if header.codec == "sample":
-            offsets = torch.cat([header.offsets(table.key(row), int(table.counts[row])) for row in piece])
-        step = max(1, (1 << 22) // header.vocab)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            logprobs = said.narrow(start, stop).logprobs
-            if bool(torch.isnan(logprobs[:, 0]).any()):  # one NaN or infinite logit makes its whole row NaN
-                raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
-            parts.append(encode_for(header, logprobs.cpu(), None if offsets is None else offsets[start:stop]))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        logprobs = said.narrow(start, start + step).logprobs[: stop - start]
+        if bool(torch.isnan(logprobs[:, 0]).any()):  # one NaN or infinite logit makes its whole row NaN
+            raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
+        parts.append(tensors_of(encode_for(header, logprobs.cpu(), None if offsets is None else offsets[start:stop])))
     return joined(parts)
 
 

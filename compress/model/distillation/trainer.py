@@ -36,12 +36,13 @@ from compress.model.distillation.features import (
     feature_loss,
     read_features,
 )
+from compress.model.distillation.filling import layout
 from compress.model.distillation.forward import is_plain, kept_states
 from compress.model.distillation.logit_map import logit_map
 from compress.model.distillation.losses import LossParts, LossWeights, Marks, Targets, fused_loss
 from compress.model.distillation.monitoring import Clock, DivergenceGuard, TrainLog, check_learned
 from compress.model.distillation.optimizers import make_optimizer
-from compress.model.distillation.packing import Batch, BatchOrder, RowTable, TokenIds, cut, split_rows
+from compress.model.distillation.packing import Batch, RowTable, TokenIds, cut
 from compress.model.distillation.parallel import OWN_TEXT, Team, assembled, told
 from compress.model.distillation.settings import TrainSettings, choose_bf16, learning_rate
 from compress.model.distillation.sharding import Shards, check_hardware, check_team, parts, skeleton, whole
@@ -278,16 +279,8 @@ class _Run:
         self.log = TrainLog(log_path, step=self.at.step, state=saved[1]["log"] if saved else None)
 
     def _lay_out(self) -> None:
-        """Which rows are learned from, in which order and in how many steps, and which are held out."""
-        settings, table = self.settings, self.table
-        self.training, self.held = split_rows(
-            table,
-            validation_share=settings.validation_share,
-            validation_rows=settings.validation_rows,
-            seed=settings.seed,
-        )
-        self.order = BatchOrder(table.lengths, self.training, batch_tokens=settings.batch_tokens, seed=settings.seed)
-        self.total = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
+        found = layout(self.table, self.settings)
+        self.training, self.held, self.order, self.total = found.training, found.held, found.order, found.steps
 
     def _bf16(self) -> bool:
         head = output_head(self.student).weight
@@ -337,7 +330,7 @@ class _Run:
             self._validate(0)
         saved_at, clock = time.monotonic(), Clock()
         with self.ctx.progress.bar("distillation", self.total) as bar:
-            bar.advance(self.at.step)
+            bar.resume(self.at.step)
             while self.at.step < self.total and not self._stalled():
                 loss = self._step(clock)
                 extra = self._validate(self.at.step) if self.at.step in due else {}

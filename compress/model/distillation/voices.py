@@ -19,10 +19,11 @@ from compress.errors import DataError, ModelError, UserError
 from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.cache import TargetCache
 from compress.model.distillation.endpoint_targets import endpoint_targets
+from compress.model.distillation.filling import reached
 from compress.model.distillation.mixtures import MixedTargets, routed, row_scores, shared_out, told
-from compress.model.distillation.packing import RowTable
+from compress.model.distillation.packing import Indices, RowTable
 from compress.model.distillation.resume import kept_choice, read_tensors, save_tensors, value_digest
-from compress.model.distillation.settings import choose_bf16
+from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.targets import (
     Codec,
     OnlineTargets,
@@ -77,9 +78,11 @@ def heard(params: LogitsParams, ctx: StageContext) -> dict[str, Teacher]:
 
 
 def targets_of(
-    params: LogitsParams, ctx: StageContext, lesson: Lesson, own: PreTrainedModel
+    params: LogitsParams, ctx: StageContext, lesson: Lesson, own: PreTrainedModel, settings: TrainSettings
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures about it. ``own`` is the profile's own teacher as a model.
+
+    A cache holds the rows that a training by ``settings`` reaches.
 
     Raises:
         UserError, ModelError: as `heard`, or teachers with other tokenizers, or a setting that an endpoint cannot meet.
@@ -89,15 +92,23 @@ def targets_of(
     who = heard(params, ctx)
     (name, first), *others = who.items()
     codec = Codec(params.codec, params.top_k, params.samples, ctx.seed)
-    folder = ctx.work / "targets"
+    folder, wanted = ctx.work / "targets", reached(lesson.table, settings)
     if others:
         models = {name: _model(name, teacher, lesson, ctx, own) for name, teacher in who.items()}
-        return _mixed(params, ctx, lesson, models, {name: teacher.identity for name, teacher in who.items()})
+        return _mixed(params, ctx, lesson, models, {name: teacher.identity for name, teacher in who.items()}, wanted)
     named = (lesson.tokenizer, first.identity)
     if isinstance(first, EndpointTeacher):
-        return endpoint_targets(first, lesson.table, params, named=named, folder=folder, ctx=ctx)
-    model = _model(name, first, lesson, ctx, own)
-    return teacher_targets(model, lesson.table, params, named=named, folder=folder, progress=ctx.progress, codec=codec)
+        return endpoint_targets(first, lesson.table, params, named=named, folder=folder, ctx=ctx, wanted=wanted)
+    return teacher_targets(
+        _model(name, first, lesson, ctx, own),
+        lesson.table,
+        params,
+        named=named,
+        folder=folder,
+        progress=ctx.progress,
+        codec=codec,
+        wanted=wanted,
+    )
 
 
 def _model(name: str, teacher: Teacher, lesson: Lesson, ctx: StageContext, own: PreTrainedModel) -> PreTrainedModel:
@@ -120,12 +131,13 @@ def _model(name: str, teacher: Teacher, lesson: Lesson, ctx: StageContext, own: 
     return model
 
 
-def _mixed(
+def _mixed(  # noqa: PLR0917 - the teachers, and what they see
     params: LogitsParams,
     ctx: StageContext,
     lesson: Lesson,
     models: Mapping[str, PreTrainedModel],
     identities: Mapping[str, str],
+    wanted: Indices,
 ) -> tuple[TargetFn, dict[str, Any]]:
     """Several teachers as one: online, or stored as their mixture."""
     table, folder = lesson.table, ctx.work / "targets"
@@ -155,7 +167,7 @@ def _mixed(
     header = cache_header(
         (lesson.tokenizer, value_digest(about)), vocab=table.vocab, codec=codec, temperature=params.temperature
     )
-    target_fn, more = cached_targets(TargetCache(folder, header), table, mixed, ctx.progress)
+    target_fn, more = cached_targets(TargetCache(folder, header), table, mixed, ctx.progress, wanted)
     return target_fn, figures | more
 
 

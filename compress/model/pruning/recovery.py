@@ -18,6 +18,7 @@ from compress.context import StageContext
 from compress.encoding import TokenRow, load_tokenizer
 from compress.files import json_text
 from compress.model.checkpoint import check_folder, load_model
+from compress.model.distillation.filling import reached
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED
 from compress.model.distillation.packing import RowTable
@@ -58,7 +59,10 @@ def recover(
         teacher = load_model(folder)
         check_rows_fit(table, [teacher.config.to_dict()], where=ctx.name)
         named = tokenizer, str(params.target)  # the cache lies in the folder of this very artifact
-        target_fn, _ = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+        wanted = reached(table, settings(params, steps, ctx.seed))
+        target_fn, _ = teacher_targets(
+            teacher, table, params, named=named, folder=cache, progress=ctx.progress, wanted=wanted
+        )
         del teacher  # with cached targets this frees its memory before training
     for parameter in student.parameters():
         parameter.requires_grad_(True)

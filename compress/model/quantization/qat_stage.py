@@ -22,6 +22,7 @@ from compress.encoding import load_tokenizer, token_rows
 from compress.errors import ModelError
 from compress.model.checkpoint import check_folder, load_model, read_config
 from compress.model.distillation.confidence import confidence
+from compress.model.distillation.filling import reached
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import copy_log
 from compress.model.distillation.packing import RowTable
@@ -196,7 +197,10 @@ def _train(job: Job, params: QatParams, model: PreTrainedModel, lesson: Lesson, 
             figures["confidence"] = share
         named = (lesson.tokenizer, f"{params.teacher} {_digest(teacher)}")
         cache = ctx.work / "targets"
-        target_fn, more = teacher_targets(teacher, table, params, named=named, folder=cache, progress=ctx.progress)
+        phases = [_settings(params, share, steps=steps, rate=0.0, seed=ctx.seed) for steps in _steps(params)]
+        target_fn, more = teacher_targets(
+            teacher, table, params, named=named, folder=cache, progress=ctx.progress, wanted=reached(table, *phases)
+        )
         figures |= more
         del teacher
     notes = list(lesson.notes)
@@ -214,6 +218,11 @@ def _train(job: Job, params: QatParams, model: PreTrainedModel, lesson: Lesson, 
         figures[name] = _lasting(report)
         notes += [f"{name}: {note}" for note in report.notes]
     return notes
+
+
+def _steps(params: QatParams) -> list[int]:
+    """Steps of the phases that there are."""
+    return [steps for steps in (params.steps, params.scale_steps) if steps]
 
 
 def freeze_codes(model: nn.Module) -> None:

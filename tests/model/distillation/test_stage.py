@@ -106,15 +106,15 @@ def test_interrupted_stage_goes_on_to_the_same_bytes(ready, monkeypatch, where):
     ctx = ready("cut")
     with monkeypatch.context() as patch:
         if where == "targets":
-            original, calls = targets_module.TargetCache.append, []
+            original, calls = targets_module.TargetCache.write, []
 
-            def stopping(self, *args):
+            def stopping(self, *args, **told):
                 calls.append(1)
                 if len(calls) == 3:
                     raise Killed("killed")
-                original(self, *args)
+                original(self, *args, **told)
 
-            patch.setattr(targets_module.TargetCache, "append", stopping)
+            patch.setattr(targets_module.TargetCache, "write", stopping)
         elif where == "training":
             taken = targets_module.CachedTargets.__call__
             seen = []

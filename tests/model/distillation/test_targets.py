@@ -11,7 +11,8 @@ import torch
 
 from compress.errors import DataError, ModelError, StoreError
 from compress.model.distillation import targets as module
-from compress.model.distillation.cache import CacheHeader, TargetCache, decode, encode, shards
+from compress.model.distillation.cache import CacheHeader, TargetCache, decode, encode
+from compress.model.distillation.filling import shards
 from compress.model.distillation.losses import forward_kl
 from compress.model.distillation.packing import RowTable
 from compress.model.distillation.targets import (
@@ -43,7 +44,7 @@ def table():
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(module, "SHARD_POSITIONS", 100)
-    monkeypatch.setattr(module, "TEACHER_TOKENS", 64)
+    monkeypatch.setattr(module, "CACHE_TOKENS", 64)
 
 
 def files(folder):

@@ -49,6 +49,8 @@ class ChunkHeader:
 class ChunkCache(ShardFolder):
     """An open cache: rows are added by `append` and read by `take`."""
 
+    unit = "chunks"
+
     def __init__(self, folder: Path, header: ChunkHeader) -> None:
         """Open or begin the cache in ``folder``; shards that fail their digest are left aside, as if never written.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.encoding import TokenRow
 from compress.errors import ModelError
@@ -228,6 +228,11 @@ class SpelledTeacher:
     def device(self) -> torch.device:
         """Where the teacher is."""
         return self.online.device
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The one that is run."""
+        return self.online.models
 
     def __call__(self, batch: Batch) -> SpelledTargets:
         rows, device = batch.rows.cpu().numpy(), batch.labels.device

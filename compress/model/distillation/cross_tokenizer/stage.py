@@ -30,9 +30,10 @@ from compress.model.distillation.cross_tokenizer.shapes import scratch_config, t
 from compress.model.distillation.cross_tokenizer.spelling import Places, SpelledTeacher, Spelling
 from compress.model.distillation.cross_tokenizer.symbols import Vocabulary, common_tokens, vocabulary
 from compress.model.distillation.cross_tokenizer.targets import CachedTeacher, OnlineTeacher, fill_cache
+from compress.model.distillation.filling import reached
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED_REPORT, TRAINING_LOG, copy_log
-from compress.model.distillation.packing import RowTable
+from compress.model.distillation.packing import Indices, RowTable
 from compress.model.distillation.resume import kept_choice, value_digest
 from compress.model.distillation.settings import TrainSettings, choose_bf16
 from compress.model.distillation.sharding import check_hardware
@@ -110,7 +111,7 @@ def distill(params: CrossTokenizerParams, ctx: StageContext) -> StageResult:
         table = theirs.table(student.config.to_dict(), "student", ctx.name)
         before = count_parameters(teacher)
         lesson = _Lesson(ours, theirs, pairs, (ours_table, table))
-        target_fn, module, figures = _taught(params, ctx, teacher, lesson)
+        target_fn, module, figures = _taught(params, ctx, teacher, lesson, settings)
         figures = pairs.figures | figures
         del teacher  # with cached targets this frees its memory before training
         log, vocab = ctx.work / TRAINING_LOG, theirs.words.size
@@ -184,22 +185,27 @@ def _student(
 
 
 def _taught(
-    params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, lesson: _Lesson
+    params: CrossTokenizerParams,
+    ctx: StageContext,
+    teacher: PreTrainedModel,
+    lesson: _Lesson,
+    settings: TrainSettings,
 ) -> tuple[TargetFn | None, LossModule | None, dict[str, Any]]:
     """The teacher's side of the training, what computes the loss if the trainer does not, and figures about both."""
     ours, theirs = lesson.ours, lesson.theirs
     if not params.kd_weight:
         return None, None, {}
+    wanted = reached(lesson.tables[1], settings)
     if params.loss == "spelled":
-        target_fn, figures = _spelled(params, ctx, teacher, lesson)
+        target_fn, figures = _spelled(params, ctx, teacher, lesson, wanted)
         return target_fn, None, figures
     module = partial(_module, _loss(params, lesson.pairs, ours.words, theirs.words), theirs.words.size)
-    target_fn, figures = _targets(params, ctx, teacher, lesson)
+    target_fn, figures = _targets(params, ctx, teacher, lesson, wanted)
     return target_fn, module, figures
 
 
 def _spelled(
-    params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, lesson: _Lesson
+    params: CrossTokenizerParams, ctx: StageContext, teacher: PreTrainedModel, lesson: _Lesson, wanted: Indices
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The teacher's tokens in the student's, online or stored as the distributions of any other teacher are."""
     ours, theirs, pairs, tables = lesson.ours, lesson.theirs, lesson.pairs, lesson.tables
@@ -224,7 +230,8 @@ def _spelled(
     header = cache_header(
         (theirs.tokenizer, about), vocab=theirs.words.size, codec=Codec(top_k=params.top_k), temperature=1.0
     )
-    target_fn, more = cached_targets(TargetCache(ctx.work / "targets", header), tables[1], spelled, ctx.progress)
+    cache = TargetCache(ctx.work / "targets", header)
+    target_fn, more = cached_targets(cache, tables[1], spelled, ctx.progress, wanted)
     return target_fn, figures | more
 
 
@@ -260,7 +267,7 @@ def _paired(params: CrossTokenizerParams, pairs: Pairs) -> Pairs:
 
 
 def _targets(
-    params: CrossTokenizerParams, ctx: StageContext, model: PreTrainedModel, lesson: _Lesson
+    params: CrossTokenizerParams, ctx: StageContext, model: PreTrainedModel, lesson: _Lesson, wanted: Indices
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures; a cache is made, or gone on with, in the work folder."""
     ours, theirs, pairs = lesson.ours, lesson.theirs, lesson.pairs
@@ -279,9 +286,9 @@ def _targets(
     assert ctx.teacher is not None, "the table says that this stage uses the teacher"
     header = ChunkHeader(ctx.teacher.identity, *ours.written, *theirs.written, columns=2 if debias else 1)
     cache = ChunkCache(ctx.work / "targets", header)
-    fill_cache(cache, online, ctx.progress)
+    fill_cache(cache, online, ctx.progress, wanted)
     figures = {"target_bytes_per_chunk": header.bytes_per_chunk, "target_chunks": cache.chunks}
-    return cast(TargetFn, CachedTeacher(cache, lesson.tables[0], pairs)), figures
+    return cast(TargetFn, CachedTeacher(cache, lesson.tables[0], pairs, wanted)), figures
 
 
 def _module(loss: CrossLoss, vocab: int, student: nn.Module, bf16: bool) -> nn.Module:

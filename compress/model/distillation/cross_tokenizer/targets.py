@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compress.errors import ModelError
-from compress.model.distillation.cache import shards
+from compress.errors import DataError, ModelError
 from compress.model.distillation.cross_tokenizer.cache import ChunkCache
 from compress.model.distillation.cross_tokenizer.losses import Scores, Spans, chunk_sums, label_scores
 from compress.model.distillation.cross_tokenizer.pairs import Chunks, Pairs
+from compress.model.distillation.filling import Asked, EvenBatch, Said, fill
 from compress.model.distillation.losses import States
-from compress.model.distillation.packing import Batch, Indices, RowTable, cut, entries, moved
-from compress.model.distillation.shard_folder import ordered
-from compress.model.distillation.targets import TEACHER_TOKENS, OnlineTargets
+from compress.model.distillation.packing import Batch, Indices, RowTable, entries, moved
+from compress.model.distillation.targets import OnlineTargets, cache_tokens
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -80,17 +80,24 @@ class OnlineTeacher:
 class CachedTeacher:
     """Reads the likelihoods of chunks from a cache."""
 
-    def __init__(self, cache: ChunkCache, table: RowTable, pairs: Pairs) -> None:
-        """Look every row up at once.
+    def __init__(self, cache: ChunkCache, table: RowTable, pairs: Pairs, wanted: Indices | None = None) -> None:
+        """Look every row up at once, or those ``wanted`` alone.
 
         Raises:
             DataError: a row is not in the cache.
         """
         self.pairs = pairs
-        self.values = cache.take([pairs.key(row, table) for row in range(len(table))])
+        rows = np.arange(len(table)) if wanted is None else wanted
+        self.known = np.isin(np.arange(len(table)), rows)
+        taken = cache.take([pairs.key(row, table) for row in rows.tolist()])
+        self.values = taken.new_full((int(pairs.starts[-1]), taken.shape[1]), torch.nan)
+        self.values[torch.from_numpy(entries(pairs.starts, rows)[1])] = taken
 
     def __call__(self, batch: Batch) -> CrossTargets:
         rows = batch.rows.numpy()
+        if not self.known[rows].all():
+            got = f"row number {int(rows[~self.known[rows]][0])} was not asked about"
+            raise DataError("the teacher's cache", got, do="Fill the cache with these rows first")
         _, places = entries(self.pairs.starts, rows)
         device = batch.labels.device
         return CrossTargets(moved(self.pairs.batch(rows), device), self.values[torch.from_numpy(places)].to(device))
@@ -113,26 +120,19 @@ def spans_of(logprobs: Tensor, labels: Tensor, ranges: Tensor) -> Spans:
     return Spans(labels[ranges[:, 0]], chunk_sums(logprobs, ranges[:, 0] + 1, ranges[:, 1]))
 
 
-def fill_cache(cache: ChunkCache, teacher: OnlineTeacher, progress: Progress) -> None:
-    """Compute what ``cache`` lacks of the teacher's table; killed and run again, it goes on at the next shard.
+def fill_cache(cache: ChunkCache, teacher: OnlineTeacher, progress: Progress, wanted: Indices | None = None) -> None:
+    """Compute what ``cache`` lacks of the teacher's table, or of its rows ``wanted``; killed and run again, it goes on.
 
-    Shards and batches are cut from all rows, stored ones included, so that a resumed cache holds the very bits of an
-    unbroken one.
+    A resumed cache holds the very files of an unbroken one.
     """
-    table, pairs = teacher.table, teacher.pairs
+    table, pairs, online = teacher.table, teacher.pairs, teacher.online
+
+    def code(batch: EvenBatch) -> Said:
+        values = teacher.of_rows(batch.rows, online.head.device).scores.cpu().float()
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
+        return {"values": values}
+
     keys = [pairs.key(row, table) for row in range(len(table))]
-    rows = ordered(keys, table.lengths)
-    counts = pairs.starts[1:] - pairs.starts[:-1]
-    with progress.bar("teacher", int(table.lengths[rows].sum())) as bar:
-        for piece in shards(counts[rows].tolist(), SHARD_CHUNKS):
-            run = rows[piece]
-            if not all(keys[row] in cache for row in run):
-                parts = [
-                    teacher.of_rows(part, teacher.online.head.device).scores.cpu()
-                    for part in cut(run, table.lengths, TEACHER_TOKENS)
-                ]
-                values = torch.cat(parts).float()
-                if not bool(torch.isfinite(values).all()):
-                    raise ModelError("teacher", "its log-probabilities are not finite", "a teacher that gives no NaN")
-                cache.append([keys[row] for row in run], counts[run].tolist(), values)
-            bar.advance(int(table.lengths[run].sum()))
+    asked = Asked(keys, table.lengths, pairs.starts[1:] - pairs.starts[:-1], wanted)
+    fill(cache, asked, code, progress, size=SHARD_CHUNKS, tokens=cache_tokens(online))
