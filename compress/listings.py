@@ -5,7 +5,6 @@ Knows where things are kept; shows nothing itself.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.errors import UserError
+from compress.json_reader import read_table, required
 from compress.stages import STAGES
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -82,10 +82,13 @@ def run_files(root: Path) -> list[Path]:
 
 def _run(path: Path) -> tuple[str, ...]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        profile, seconds = record["profile"]["name"], f"{record['seconds']:.1f}"
-        return record["id"], record["status"], profile, seconds, record["verdict"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_table(path, UserError)
+        profile, seconds = required(record, "profile", dict, "", UserError), record.get("seconds")
+        name = required(profile, "name", str, "", UserError)
+        told = [required(record, key, str, "", UserError) for key in ("id", "status", "verdict")]
+        shown = f"{required({'': float(seconds or 0)}, '', float, '', UserError):.1f}"
+        return told[0], told[1], name, shown, told[2]
+    except (UserError, ValueError, TypeError, OverflowError):
         return path.parent.name, "unreadable", "", "", ""
 
 

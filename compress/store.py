@@ -30,8 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
+
 from compress.errors import EdgestillError, StoreError
-from compress.files import file_sha256
+from compress.files import file_sha256, write_whole
+from compress.json_reader import JsonFault, checked, finite, parse_json, read_table, required
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,13 @@ def _check_json(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check_json(inner)
+
+
+class _File(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
 
 
 @dataclass
@@ -160,26 +170,30 @@ class Store:
     def record(self, key: str) -> dict[str, Any] | None:
         """The figures that were kept when the artifact of ``key`` was made; None when there are none."""
         try:
-            found = json.loads((self.root / "records" / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_table(self.root / "records" / f"{key}.json", StoreError)
+        except StoreError:
             return None
-        return found if isinstance(found, dict) else None
 
     def _manifest_files(self, folder: Path) -> dict[str, dict[str, Any]] | None:
         """The manifest's files; None when there is no manifest, which means that there is no artifact."""
+        path, where = folder / MANIFEST, "its manifest"
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            files = manifest["files"]
-            if manifest["schema"] != SCHEMA or manifest["key"] != folder.name or not all(map(_is_inside, files)):
-                raise ValueError("of another store")
-            return {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
-        except (FileNotFoundError, NotADirectoryError):
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
-            raise _store_error(error, folder / MANIFEST) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _store_error(error, path) from error
+        try:
+            manifest = required({"it": parse_json(content)}, "it", dict, where, StoreError)
+            files = required(manifest, "files", dict, where, StoreError)
+            own = manifest.get("schema") == SCHEMA and manifest.get("key") == folder.name
+            if not own or not all(map(_is_inside, files)):
+                raise JsonFault("of another store")
+            checked(dict[str, _File], files, where, StoreError)
+        except (JsonFault, StoreError) as error:
             self._say_damage(folder, f"its manifest is not readable: {error}")
             return None
+        return {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in files.items()}
 
     @contextmanager
     def begin(self, key: str, facts: Mapping[str, Any] | None = None, *, verify: bool = False) -> Iterator[Draft]:
@@ -228,13 +242,13 @@ class Store:
             _sync(folder)
         if draft.record:
             # Lenient, unlike a key: hours of work are not thrown away over a figure that is NaN or numpy's.
-            record = json.dumps(draft.record, sort_keys=True, ensure_ascii=False, default=_plain)
-            _write_whole(self.root / "records" / f"{draft.key}.json", record)
+            record = json.dumps(finite(draft.record), sort_keys=True, ensure_ascii=False, default=_plain)
+            write_whole(self.root / "records" / f"{draft.key}.json", record)
         manifest: dict[str, Any] = {"schema": SCHEMA, "key": draft.key, "files": files}
         if facts is not None:
             manifest["facts"] = facts
         text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        _write_whole(draft.out / MANIFEST, text + "\n")
+        write_whole(draft.out / MANIFEST, text + "\n")
         if draft.path.exists():  # damaged, or `begin` would have found it
             os.rename(draft.path, tempfile.mkdtemp(prefix=f".old-{draft.key}-", dir=draft.path.parent))
         os.rename(draft.out, draft.path)
@@ -291,14 +305,14 @@ class Store:
 
     def _read_digests(self) -> dict[str, list[Any]]:
         try:
-            lines = (self.root / "digests.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.root / "digests.jsonl").read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError):
             return {}
         found: dict[str, list[Any]] = {}
         for line in lines:
-            with suppress(ValueError, TypeError, IndexError):  # a line that a kill cut short
-                entry = json.loads(line)
-                if len(entry) == 6:
+            with suppress(ValueError):  # a line that a kill cut short
+                entry = parse_json(line)
+                if isinstance(entry, list) and list(map(type, entry)) == [str, int, int, int, int, str]:
                     found[entry[0]] = entry[1:]
         return found
 
@@ -447,17 +461,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
 
 
 def _remove(folder: Path) -> None:

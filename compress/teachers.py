@@ -25,6 +25,7 @@ from compress.endpoint import ChatClient, Reply, Request
 from compress.errors import DataError, ModelError, UserError
 from compress.files import file_sha256
 from compress.identities import digest_of, model_identity
+from compress.json_reader import parse_json
 from compress.names import is_hub_name
 from compress.progress import Bar, Progress
 
@@ -182,7 +183,7 @@ class LocalTeacher:
         path = self._folder / "generation_config.json"
         if path.is_file():
             try:
-                more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+                more = parse_json(path.read_bytes()).get("eos_token_id")
             except (OSError, ValueError, AttributeError) as error:
                 raise ModelError(str(path), "cannot be read as a JSON object") from error
             found.update(token for token in (more if isinstance(more, list) else [more]) if isinstance(token, int))
@@ -408,11 +409,11 @@ def _conversation_key(messages: Sequence[Message]) -> str:
 def _recorded(line: str, where: str) -> tuple[str, Reply]:
     form = 'an object such as {"messages": [{"role": "user", "content": "hi"}], "reply": "hello"}'
     try:
-        found = json.loads(line)
+        found = parse_json(line)
         text, mean = found["reply"], found.get("mean_logprob")
         key = _conversation_key(found["messages"])
         reply = Reply(text, math.nan if mean is None else float(mean), bool(found.get("finished", True)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(where, f"{line[:80]!r}", form) from error
     if not isinstance(text, str):
         raise DataError(where, f"reply is a {type(text).__name__}", form)

@@ -11,7 +11,10 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
 # what each side may import of ours; the longest matching prefix of the importing module decides
-SHARED = ("compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names")
+SHARED = (
+    "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names",
+    "compress.json_reader", "compress.patterns", "compress.tokenizer_files",
+)  # fmt: skip
 ALLOWED = {
     "evaluators": ("evaluators",),
     "profiles": ("profiles",),
@@ -31,12 +34,16 @@ ALLOWED = {
     "compress.errors": (),
     "compress.files": (),
     "compress.names": (),
+    "compress.patterns": (),
+    "compress.chat_templates": (),
+    "compress.json_reader": ("compress.errors",),
+    "compress.tokenizer_files": ("compress.errors", "compress.json_reader"),
     "compress.version": (),
     "compress.answers": (),
     "compress.context": ("compress.progress", "compress.teachers"),
-    "compress.progress": (),
-    "compress.store": ("compress.errors", "compress.files"),
-    "compress.encoding": ("compress.data.rows", *SHARED),
+    "compress.progress": ("compress.errors",),
+    "compress.store": ("compress.errors", "compress.files", "compress.json_reader"),
+    "compress.encoding": ("compress.data.rows", "compress.chat_templates", *SHARED),
 }  # fmt: skip
 TORCH_FREE = (
     "compress", "compress.errors", "compress.context", "compress.progress", "compress.profile", "compress.store",
