@@ -50,7 +50,7 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EdgestillError(ctx.name, f"the measuring process failed: {lines[-1]}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # our own process
     write_whole(ctx.out / FILE, json_text(figures, indent=1) + "\n")
     return StageResult(metrics=figures)
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # by python -m: begin where the command begins, befo
     importlib.import_module("compress.entry").main()  # which loads this file again, as the module that it is
     raise SystemExit(0)
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -573,6 +574,9 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no Unicode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not mix
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from compress.model.distillation.parallel import as_launched  # loads torch

@@ -9,15 +9,16 @@ rows. Knows nothing of models and tensors; transformers is imported on use.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2.exceptions import TemplateError
-
+from compress.chat_templates import TemplateFault, render
 from compress.ends import declared_ends
 from compress.errors import DataError, ModelError
+from compress.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,17 +92,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     declared = declared_ends(folder)
-    try:
+    read_tokenizer(folder)
+    with _library(str(folder / "tokenizer.json")):
         # not AutoTokenizer: for some model types it swaps in its own splitting rules over those of the file
         found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        found.declared_ends = declared  # an attribute, so that copies of the tokenizer keep it
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(str(folder), f"the tokenizer cannot be read ({_first_line(error)})") from error
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        if type(error) is not Exception:
+    found.declared_ends = declared  # an attribute, so that copies of the tokenizer keep it
+    return found
+
+
+@contextmanager
+def _library(where: str) -> Iterator[None]:
+    """Whatever the tokenizers library makes of a damaged file or a text as ModelError.
+
+    It raises bare Exception, and where it panics a BaseException of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(str(folder / "tokenizer.json"), f"cannot be read ({_first_line(error)})") from error
+        raise ModelError(where, f"the tokenizer cannot be used ({_first_line(error)})") from error
 
 
 def encode_rows(
@@ -229,7 +239,9 @@ def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFas
 
 def encode_text_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids of a text to be continued: BOS, when the tokenizer has one, and the text."""
-    return _with_bos(tokenizer([text])["input_ids"][0], tokenizer)
+    with _library("tokenizer"):
+        ids = tokenizer([text])["input_ids"][0]
+    return _with_bos(ids, tokenizer)
 
 
 def bare_user_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -290,8 +302,8 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 def decode(ids: Iterable[int], tokenizer: PreTrainedTokenizerFast) -> str:
     """Text of generated ids, without special tokens and without any tidying of spaces."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text)
+    with _library("tokenizer"):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _encode_chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
@@ -365,8 +377,10 @@ def _ended(ids: list[int], behind: list[int], ends: Sequence[int], tokenizer: Pr
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
     if not rows:
         return []
+    with _library("tokenizer"):
+        found = tokenizer([row.text for row in rows], verbose=False)["input_ids"]
     encoded = []
-    for row, plain in zip(rows, tokenizer([row.text for row in rows], verbose=False)["input_ids"], strict=True):
+    for row, plain in zip(rows, found, strict=True):
         ids = _with_bos(plain, tokenizer)
         if len(ids) < 2:
             raise DataError(f"row {row.id}", "the text gives no token to predict", "a text of at least one token")
@@ -401,17 +415,19 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, whe
             "Give the model folder a template, or use text rows",
         )
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation
-        )
-    except TemplateError as error:
-        raise DataError(where, f"the chat template refuses the messages ({_first_line(error)})") from error
-    return str(text)
+        template = tokenizer.get_chat_template()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # several by name, and none for this
+        raise ModelError("tokenizer", f"has no chat template that is meant here ({_first_line(error)})") from error
+    try:
+        return render(template, messages, generation=generation, tokens=tokenizer.special_tokens_map)
+    except TemplateFault as error:
+        raise DataError(where, f"the chat template refuses the messages ({error})") from error
 
 
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The template writes its own special tokens, so none are added."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    with _library("tokenizer"):
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
@@ -420,5 +436,5 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     return frozenset((*tokenizer.all_special_ids, *marked))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,10 +6,10 @@ and its chat template. Loads no package; knows nothing of tokenizers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from compress.errors import ModelError
+from compress.json_reader import read_table
 
 CONFIGS = ("config.json", "generation_config.json", "genai_config.json")
 
@@ -24,12 +24,10 @@ def declared_ends(folder: Path) -> tuple[int, ...]:
     for path in (folder / name for name in CONFIGS):
         if not path.is_file():
             continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            settings = found.get("model") or {} if path.name == "genai_config.json" else found
-            said, size = settings.get("eos_token_id"), settings.get("vocab_size")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ModelError(str(path), "cannot be read as a JSON object") from error
+        found = read_table(path, ModelError)
+        settings = found.get("model") if path.name == "genai_config.json" else found
+        settings = settings if isinstance(settings, dict) else {}
+        said, size = settings.get("eos_token_id"), settings.get("vocab_size")
         listed = [token for token in (said if isinstance(said, list) else [said]) if token is not None]
         if any(type(token) is not int for token in listed):
             raise ModelError(str(path), f"eos_token_id {str(said)[:80]}", "a token id, a list of them, or null")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +31,7 @@ TOKENIZER_FILES = (
 )
 
 NOT_STATED = "not stated"
-_CARD_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*(\S.*)\n(?:.*\n)*?---", re.MULTILINE)
+_MOST_OF_CARD = 1 << 20  # bytes of a README that are looked at
 
 
 def licence_of(folder: Path) -> str:
@@ -40,8 +39,15 @@ def licence_of(folder: Path) -> str:
     card = folder / "README.md"
     if not card.is_file():
         return NOT_STATED
-    found = _CARD_LICENCE.search(card.read_text(encoding="utf-8", errors="replace"))
-    return found[1].strip() if found else NOT_STATED
+    with card.open("rb") as stream:
+        text = stream.read(_MOST_OF_CARD).decode("utf-8", errors="replace")
+    head, *lines = text.splitlines() or [""]
+    if head != "---" or "---" not in lines:
+        return NOT_STATED
+    front = lines[: lines.index("---")]
+    named = (line.removeprefix("license:").strip() for line in front if line.startswith("license:"))
+    found = next((name for name in named if name), "")
+    return found[:200] if found.isprintable() and found else NOT_STATED
 
 
 def file_sha256(path: Path) -> str:

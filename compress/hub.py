@@ -6,12 +6,13 @@ Fetching is the teacher's business (``compress.teachers``).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from compress import hub_cache
 from compress.errors import ModelError
+from compress.json_reader import read_table
+from compress.model.shapes import check_config
 from compress.names import is_hub_name
 
 __all__ = ["config_at_hand", "is_hub_name", "is_whole", "local_folder", "read_config"]
@@ -38,7 +39,7 @@ def config_at_hand(spec: str) -> dict[str, Any] | None:
     """The model's ``config.json`` if it is on this machine.
 
     Raises:
-        ModelError: it is there and is not a JSON object.
+        ModelError: it is there and is no config of a supported model.
     """
     folder = local_folder(spec)
     if folder is None or not (folder / "config.json").is_file():
@@ -50,22 +51,18 @@ def foretelling_config(spec: str | None, stand_in: str | None) -> dict[str, Any]
     """The config of the model ``spec`` if it is on this machine, else the one in the file ``stand_in``, else None.
 
     Raises:
-        ModelError: it is there and is not a JSON object.
+        ModelError: it is there and is no config of a supported model.
     """
     config = config_at_hand(spec) if spec is not None else None
     return read_config(Path(stand_in)) if config is None and stand_in is not None else config
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A ``config.json``.
+    """A ``config.json`` of a supported model.
 
     Raises:
-        ModelError: it cannot be read or is not a JSON object.
+        ModelError: it cannot be read, or is none.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(str(path), f"not readable as JSON ({error})", "a model's config.json") from error
-    if not isinstance(config, dict):
-        raise ModelError(str(path), "not a JSON object", "a model's config.json")
+    config = read_table(path, ModelError, allowed="a model's config.json")
+    check_config(config, where=str(path))
     return config

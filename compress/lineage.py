@@ -8,12 +8,13 @@ stated" stands. Knows no stage by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.errors import ModelError
 from compress.files import licence_of
+from compress.json_reader import read_table
 from compress.plans import Node, Outside, Plan, named_teachers
 
 CARRIED = "edgestill.json"  # what a checkpoint says of the step that made it
@@ -25,7 +26,7 @@ def figures_of(folder: Path) -> dict[str, Any]:
     path = folder / CARRIED
     if not path.is_file():
         return {}
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = read_table(path, ModelError)
     tables = [told, *(told[name] for name in FIGURES if isinstance(told.get(name), dict))]
     return {name: value for table in tables for name, value in table.items() if isinstance(value, int | float)}
 

@@ -1,6 +1,7 @@
-"""Names that users write: the nearest known one for a misspelt name, and what counts as a name on the hub.
+"""Names that users write: the nearest known one for a misspelt name, and what counts as a name on the hub or of a file.
 
-`closest` and `nearest` find the known name, `is_hub_name` tells ``owner/name`` from a path. Imports nothing of ours
+`closest` and `nearest` find the known name, `is_hub_name` tells ``owner/name`` from a path, `is_plain_name` the name of
+a file from a way out of its folder. Imports nothing of ours
 and no package, since everything down to the error messages of a plan uses it.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:@[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?", re.ASCII)
 # Endings of files that users name; a hub name may hold dots (Qwen/Qwen2.5-0.5B), but it does not end like a file.
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".text", ".yaml", ".yml", ".safetensors")
+_UNFIT = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 OWN_TEACHER = "teacher"  # how steps that learn from several teachers call the profile's own
 
 
@@ -41,3 +43,8 @@ def is_hub_name(text: str, *starts: Path) -> bool:
     if match is None or match[2].lower().endswith(FILE_ENDINGS):
         return False
     return not any((start / match[1]).exists() for start in starts)
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether ``text`` is the name of one file right in a folder, on every system and in every archive."""
+    return text not in ("", ".", "..") and len(text.encode("utf-8", "replace")) <= 255 and not _UNFIT.search(text)

@@ -18,6 +18,7 @@ from compress.validation import shown
 from compress.yaml_reader import Document, KeyPath, Problem, dotted, read_yaml
 
 _KEY = re.compile(r"[^.\[\]=\s]+(\.[^.\[\]=\s]+|\[[^\[\]=\s]+\])*")
+_DIGITS = 9  # of an index
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
 FORM = "KEY=VALUE such as seed=7 or steps[2].model.pruning.heads=4"
 
@@ -105,7 +106,7 @@ def _entry(value: Any, name: str, path: KeyPath) -> list[str | int]:
     if not isinstance(value, list):
         raise _Wrong(f"{where} is {shown(value) if value is not None else 'not there'}", "a list there")
     if name.isdecimal():
-        if int(name) >= len(value):
+        if len(name) > _DIGITS or int(name) >= len(value):
             raise _Wrong(f"{where} has {len(value)} entries", f"an index from 0 to {len(value) - 1}")
         return [int(name)]
     names = [_names(entry) for entry in value]

@@ -6,16 +6,17 @@ of the record that the report and the final table show. Knows figures only: no s
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 from compress import doctor, run_record
-from compress.errors import EdgestillError, safe_to_show
+from compress.errors import EdgestillError, StoreError, safe_to_show
 from compress.hub_cache import commit_of_folder
+from compress.json_reader import parse_json, read_table
 from compress.plans import Node, Plan
 from compress.run_record import (
     BenchRecord,
@@ -72,8 +73,10 @@ def curve(step: str, folder: Path) -> CurveRecord | None:
         return None
     points = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        points.append({name: float(value) for name, value in values.items() if isinstance(value, int | float)})
+        values = parse_json(line, constants=True)
+        points.append(
+            {name: float(value) for name, value in values.items() if isinstance(value, int | float) and isfinite(value)}
+        )
     stride = max(1, -(-len(points) // CURVE_POINTS))
     kept = points[::stride]
     if points and kept[-1] is not points[-1]:
@@ -252,7 +255,7 @@ class Recorder:
         if "bundle" in roles:
             record["bundle"] = str(folder)
         if "verdict" in roles:
-            verdict = json.loads((folder / VERDICT).read_text(encoding="utf-8"))
+            verdict = read_table(folder / VERDICT, StoreError)
             record["ledger"], record["gate"] = verdict["ledger"], verdict["gate"]
         for role in roles:
             if role.startswith("bench of "):

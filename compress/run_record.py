@@ -19,13 +19,16 @@ Worked example (shortened)::
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, cast
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import StoreError, UserError
 from compress.files import json_text, write_whole
+from compress.json_reader import checked, read_table
 from compress.scratch import OWNER, abandoned
 
 SCHEMA = 1
@@ -164,6 +167,21 @@ class EstimateRecord(TypedDict):
     measured: float | None
 
 
+class AllocationPoint(TypedDict):
+    """A choice of bits: bytes of the linears, and the divergence that is foretold for it."""
+
+    bytes: float
+    kl: float
+
+
+class Allocation(TypedDict):
+    """The metric of a step that chose bits under a budget: the frontier of all choices, and what was chosen."""
+
+    frontier: Annotated[list[AllocationPoint], MinLen(1)]
+    bytes: float
+    foretold_kl: float
+
+
 class CurveRecord(TypedDict):
     """A training log. ``path`` is the JSON-lines file in the artifact; ``points`` at most 200 of its lines."""
 
@@ -226,17 +244,18 @@ def read(path: Path) -> RunRecord:
     Raises:
         UserError: no such file, not JSON, or of another schema.
     """
-    try:
-        record: RunRecord = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(str(path), error.strerror or str(error), do="See: edgestill ls runs") from error
-    except ValueError as error:
-        raise UserError(str(path), f"not JSON ({error})", "a run.json written by edgestill") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    record = read_table(path, UserError, allowed="a run.json written by edgestill", do="See: edgestill ls runs")
+    if record.get("schema") != SCHEMA:
         raise UserError(str(path), "not a run record of this version", f"schema {SCHEMA}")
-    if record.get("status") == "running" and is_dead(path.parent):
+    checked(RunRecord, record, str(path), UserError)
+    for at, stage in enumerate(record["stages"]):
+        figures = stage["metrics"]
+        for key, kind in (("allocation", Allocation), ("local_estimate", dict[str, Any])):
+            if figures.get(key) is not None:
+                checked(kind, figures[key], f"{path}: stages.{at}.metrics.{key}", UserError)
+    if record["status"] == "running" and is_dead(path.parent):
         record["status"], record["verdict"] = "interrupted", KILLED
-    return record
+    return cast(RunRecord, record)
 
 
 def close_dead(root: Path) -> None:

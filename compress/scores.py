@@ -9,7 +9,6 @@ pairs together). Knows nothing of how a row was scored, of models, or of limits.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import StoreError
 from compress.files import json_text, write_whole
+from compress.json_reader import checked, read_table
 from compress.run_record import Measure
 from evaluators import intervals
 from evaluators.bootstrap import Interval, percentiles, resampled_sums
@@ -34,11 +35,30 @@ SHARES = frozenset(
 MISSED = 0.001  # chance that as many rows again show no right one, above which nothing is divided by their share
 FEW = 10  # rows that differ from the rest, below which resampling them is no guide to rows that were not seen
 EXPONENTIAL = frozenset({"perplexity"})  # exp of the mean loss
+_MOST_NATS = 100.0  # a broken model's loss: its exponential would be infinite, which no JSON and no chart can hold
 
 
 def higher_is_better(metric: str) -> bool:
     """Whether more of ``metric`` is better."""
     return metric not in LOWER_IS_BETTER
+
+
+class _Rows(TypedDict):
+    """Values of one metric, row by row."""
+
+    ids: list[str]
+    sums: list[float]
+    weights: list[float]
+
+
+class _Document(TypedDict):
+    """The whole of ``scores.json``."""
+
+    subject: str
+    parameters: int | None
+    bytes: int | None
+    order: list[str]
+    rows: dict[str, _Rows]
 
 
 @dataclass(frozen=True)
@@ -98,17 +118,15 @@ def read_scores(folder: Path) -> Scores:
     Raises:
         StoreError: it is missing or damaged.
     """
-    path = folder / FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        scores = Scores(document["subject"], document["parameters"], document["bytes"])
-        for name in document["order"]:
-            row = document["rows"][name]
-            scores.add(name, row["ids"], np.asarray(row["sums"]), np.asarray(row["weights"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            str(path), f"not readable ({error})", do="Remove the artifact's folder and run again."
-        ) from error
+    path, do = folder / FILE, "Remove the artifact's folder and run again."
+    document = read_table(path, StoreError, do=do)
+    checked(_Document, document, str(path), StoreError, do=do)
+    scores = Scores(document["subject"], document["parameters"], document["bytes"])
+    for name in document["order"]:
+        row = document["rows"].get(name, {"ids": [], "sums": [], "weights": []})
+        if not len(row["ids"]) == len(row["sums"]) == len(row["weights"]) > 0:
+            raise StoreError(str(path), f"{name} has not one value for each row", do=do)
+        scores.add(name, row["ids"], np.asarray(row["sums"]), np.asarray(row["weights"]))
     return scores
 
 
@@ -132,7 +150,7 @@ def on_shared_rows(scores: Sequence[Scores]) -> tuple[list[Scores], int]:
 
 def _value(metric: str, sums: float | Array, weights: float | Array) -> float | Array:
     ratio = sums / weights
-    return np.exp(ratio) if metric in EXPONENTIAL else ratio
+    return np.exp(np.minimum(ratio, _MOST_NATS)) if metric in EXPONENTIAL else ratio
 
 
 def measure(scores: Scores, metric: str, *, seed: int, samples: int = 2000, level: float = 0.95) -> Interval:

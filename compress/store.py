@@ -30,8 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
+
 from compress.errors import EdgestillError, StoreError, UserError
 from compress.files import file_sha256, json_text, sync, write_whole
+from compress.json_reader import JsonFault, checked, parse_json, read_table, required
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,13 @@ def _check_json(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check_json(inner)
+
+
+class _File(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
 
 
 @dataclass
@@ -192,10 +202,9 @@ class Store:
     def record(self, key: str) -> dict[str, Any] | None:
         """The figures that were kept when the artifact of ``key`` was made; None when there are none."""
         try:
-            found = json.loads((self.root / "records" / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_table(self.root / "records" / f"{key}.json", StoreError)
+        except StoreError:
             return None
-        return found if isinstance(found, dict) else None
 
     def _manifest(self, folder: Path) -> dict[str, Any] | None:
         """As `_read_manifest`; an unreadable one is said, and counts as none."""
@@ -332,14 +341,14 @@ class Store:
 
     def _read_digests(self) -> dict[str, list[Any]]:
         try:
-            lines = (self.root / "digests.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.root / "digests.jsonl").read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError):
             return {}
         found: dict[str, list[Any]] = {}
         for line in lines:
-            with suppress(ValueError, TypeError, IndexError):  # a line that a kill cut short
-                entry = json.loads(line)
-                if len(entry) == 6:
+            with suppress(ValueError):  # a line that a kill cut short
+                entry = parse_json(line)
+                if isinstance(entry, list) and list(map(type, entry)) == [str, int, int, int, int, str]:
                     found[entry[0]] = entry[1:]
         return found
 
@@ -416,19 +425,23 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         OSError: it cannot be read.
         ValueError: it is no manifest of the artifact that is called like ``folder``.
     """
+    where = "its manifest"
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files, read = manifest["files"], manifest.get("read")
-        if manifest["schema"] != SCHEMA or manifest["key"] != folder.name or not all(map(_is_inside, files)):
-            raise ValueError("of another store")
-        return {
-            "files": {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()},
-            "read": None if read is None else {str(slot): str(content) for slot, content in read.items()},
-        }
-    except (FileNotFoundError, NotADirectoryError):
+        content = (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    try:
+        manifest = required({"it": parse_json(content)}, "it", dict, where, StoreError)
+        files, read = required(manifest, "files", dict, where, StoreError), manifest.get("read")
+        own = manifest.get("schema") == SCHEMA and manifest.get("key") == folder.name
+        if not own or not all(map(_is_inside, files)):
+            raise JsonFault("of another store")
+        checked(dict[str, _File], files, where, StoreError)
+        checked(dict[str, str] | None, read, where, StoreError)
+    except StoreError as error:
         raise ValueError(str(error)) from error
+    told = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in files.items()}
+    return {"files": told, "read": read}
 
 
 def check_artifact(folder: Path) -> None:

@@ -8,7 +8,6 @@ opened when it is first asked. Knows nothing of stages and profiles.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +25,7 @@ from compress.endpoint import ChatClient, Reply, Request
 from compress.errors import DataError, ModelError, UserError
 from compress.files import file_sha256, json_text, write_whole
 from compress.identities import digest_of, model_identity
+from compress.json_reader import parse_json
 from compress.names import is_hub_name
 from compress.progress import Bar, Progress
 
@@ -411,11 +411,11 @@ def _conversation_key(messages: Sequence[Message]) -> str:
 def _recorded(line: str, where: str) -> tuple[str, Reply]:
     form = 'an object such as {"messages": [{"role": "user", "content": "hi"}], "reply": "hello"}'
     try:
-        found = json.loads(line)
+        found = parse_json(line)
         text, mean = found["reply"], found.get("mean_logprob")
         key = _conversation_key(found["messages"])
         reply = Reply(text, math.nan if mean is None else float(mean), bool(found.get("finished", True)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(where, f"{line[:80]!r}", form) from error
     if not isinstance(text, str):
         raise DataError(where, f"reply is a {type(text).__name__}", form)

@@ -45,6 +45,7 @@ _INTEGERS = (
     (re.compile(r"0x[0-9a-fA-F]+"), 16),
 )
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NUMBERS = (*(form for form, _ in _INTEGERS), _FLOAT)
 
 _PLAIN, _QUOTED, _COLLECTION = "plain", "quoted", "collection"  # what the resolver gives instead of tags
 
@@ -207,7 +208,7 @@ class _Builder:
     def scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         if node.tag == _QUOTED:
             return node.value
-        if len(node.value) > MAX_DIGITS and _INTEGERS[0][0].fullmatch(node.value):
+        if len(node.value) > MAX_DIGITS and any(form.fullmatch(node.value) for form in _NUMBERS):
             self.document.complain(path, f"got a number of {len(node.value)} digits", f"at most {MAX_DIGITS} digits")
             return 0
         return plain_scalar(node.value)

@@ -8,27 +8,29 @@ nothing else: no links, no devices, no folders, no path that leads elsewhere, no
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
 from compress.errors import ModelError, StoreError, UserError
-from compress.files import json_text, whole_file
+from compress.files import file_sha256, json_text, whole_file
+from compress.json_reader import read_table
 from compress.scratch import scratch
-from deploy.bundle import BUNDLE_FILE, open_bundle, shipped_folder
+from deploy.bundle import BUNDLE_FILE, check_info, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
 LEVEL = 10  # weights hardly shrink: higher levels cost time and save nothing
 MOST_DESCRIBED = 16 << 20  # bytes of bundle.json
 MOST_FILES = 1000
 MOST_WINDOW = 1 << 27  # bytes that the decompressor may hold; what pack writes needs 4 MiB
+MOST_RATIO, LEAST_UNPACKED = 32, 16 << 20  # bytes unpacked of each byte packed, and what any archive may hold
 _FRAME = 3 * tarfile.RECORDSIZE  # what a tar pads its end with, and what is read ahead of it
 _REPAIR = "Pack the bundle again, or copy the archive again"
 
@@ -109,12 +111,20 @@ def unpack(archive: Path, out: Path) -> Path:
                     _read(archive, tar, out, limited)
                 if plain.read(1):  # also proves the checksum, which stands at the very end
                     raise ModelError(str(archive), "something follows the bundle in it", do=_REPAIR)
-    except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
+    except (tarfile.TarError, zstandard.ZstdError, EOFError, ValueError, OverflowError, MemoryError) as error:
         raise ModelError(str(archive), f"cannot be unpacked ({error})", f"a bundle as {SUFFIX}", _REPAIR) from error
     except OSError as error:
         raise StoreError(str(error.filename or archive), error.strerror or str(error)) from error
     open_bundle(out)
     return out
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A file that is to come: its size, and its digest."""
+
+    bytes: int
+    sha256: str
 
 
 class _Limited:
@@ -134,16 +144,16 @@ class _Limited:
 
 def _read(archive: Path, tar: tarfile.TarFile, out: Path, limited: _Limited) -> None:
     """Take the entries of ``tar``: ``bundle.json`` first, then each file that it names, once, of the size it says."""
-    sizes: dict[str, int] = {BUNDLE_FILE: MOST_DESCRIBED}
+    to_come: dict[str, Expected] = {BUNDLE_FILE: Expected(MOST_DESCRIBED, "")}
     for entry in tar:
-        allowed = sizes.pop(entry.name, None)
+        allowed = to_come.pop(entry.name, None)
         if not entry.isreg() or allowed is None:
             kind = "" if entry.isreg() else "not a plain file, "
             got = f"it holds {entry.name!r}, {kind}which bundle.json does not name as a file to come"
             raise ModelError(str(archive), got, "bundle.json and the files that it names", _REPAIR)
         first = entry.name == BUNDLE_FILE
-        if entry.size > allowed or (not first and entry.size != allowed):
-            raise ModelError(str(archive), f"{entry.name} has {entry.size} bytes", f"{allowed} bytes", _REPAIR)
+        if entry.size > allowed.bytes or (not first and entry.size != allowed.bytes):
+            raise ModelError(str(archive), f"{entry.name} has {entry.size} bytes", f"{allowed.bytes} bytes", _REPAIR)
         data = tar.extractfile(entry)
         assert data is not None, "a plain file has data"
         path = out / entry.name
@@ -153,10 +163,12 @@ def _read(archive: Path, tar: tarfile.TarFile, out: Path, limited: _Limited) -> 
         if path.stat().st_size != entry.size:
             raise ModelError(str(archive), f"ends in the midst of {entry.name}", do=_REPAIR)
         if first:
-            sizes = _expected(archive, path)
-            limited.left = sum(sizes.values()) + (len(sizes) + 1) * 1024 + _FRAME
-    if sizes:
-        raise ModelError(str(archive), f"{min(sizes)} is not in it", do=_REPAIR)
+            to_come = _expected(archive, path)
+            limited.left = sum(one.bytes for one in to_come.values()) + (len(to_come) + 1) * 1024 + _FRAME
+        elif file_sha256(path) != allowed.sha256:  # at once: what follows need not be unpacked then
+            raise ModelError(str(archive), f"{entry.name} is not what bundle.json names (SHA-256 differs)", do=_REPAIR)
+    if to_come:
+        raise ModelError(str(archive), f"{min(to_come)} is not in it", do=_REPAIR)
 
 
 def _prefix(formats: Sequence[str]) -> str:
@@ -164,24 +176,24 @@ def _prefix(formats: Sequence[str]) -> str:
     return f"{folder}/" if folder else ""
 
 
-def _expected(archive: Path, described: Path) -> dict[str, int]:
-    """Names and sizes that ``bundle.json`` announces: plain names, or plain names in the folder of a format."""
+def _expected(archive: Path, described: Path) -> dict[str, Expected]:
+    """What ``bundle.json`` announces by its name: plain names, or plain names in the folder of a format."""
+    where = f"{archive}: {BUNDLE_FILE}"
     try:
-        info = json.loads(described.read_text(encoding="utf-8"))
-        prefix = _prefix(info["formats"])
-        described_files = info[f"{prefix.removesuffix('/')}_files" if prefix else "files"]
-        files = {prefix + name: facts["bytes"] for name, facts in described_files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{archive}: {BUNDLE_FILE}", f"cannot be read ({error!r})", do=_REPAIR) from error
-    for name, size in files.items():
-        plain = name.removeprefix(prefix)
-        if Path(plain).name != plain or plain in ("", ".", "..", BUNDLE_FILE) or "\\" in plain or "\0" in plain:
-            raise ModelError(f"{archive}: {BUNDLE_FILE}", f"the file name {name!r}", "a plain name", _REPAIR)
-        if not isinstance(size, int) or size < 0:
-            raise ModelError(f"{archive}: {BUNDLE_FILE}", f"{size!r} bytes of {name}", "a size", _REPAIR)
+        info = read_table(described, ModelError, do=_REPAIR)
+        check_info(info, where)
+    except ModelError as error:
+        raise ModelError(where, error.got, error.allowed, error.do) from error
+    prefix = _prefix(info["formats"])
+    described_files = info[f"{prefix.removesuffix('/')}_files" if prefix else "files"]
+    files = {prefix + name: Expected(facts["bytes"], facts["sha256"]) for name, facts in described_files.items()}
     if len(files) > MOST_FILES:
         raise ModelError(f"{archive}: {BUNDLE_FILE}", f"{len(files)} files", f"at most {MOST_FILES}", _REPAIR)
-    total, free = sum(files.values()), shutil.disk_usage(described.parent).free
+    total, free = sum(one.bytes for one in files.values()), shutil.disk_usage(described.parent).free
+    most = LEAST_UNPACKED + MOST_RATIO * archive.stat().st_size
+    if total > most:
+        got = f"{total / 1e6:.1f} MB are to be unpacked from {archive.stat().st_size / 1e6:.3f} MB"
+        raise ModelError(where, got, f"at most {most / 1e6:.1f} MB: weights hardly shrink", _REPAIR)
     if total > free:
         got = f"{total / 1e6:.1f} MB are to be unpacked, {free / 1e6:.1f} MB are free"
         raise StoreError(str(described.parent), got, do="Free some, or set TMPDIR to another place")

@@ -9,7 +9,6 @@ work a benchmark is worth little. Imports no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from compress import processes
 from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError, ModelError, StoreError
 from compress.files import file_sha256, json_text, write_whole
+from compress.json_reader import JsonFault, checked, parse_json, required
 from deploy.bundle import BUNDLE_FILE, RUNNER, Bundle, open_bundle
 from deploy.machine import here, measure_rates
 from deploy.params import BenchParams
@@ -48,7 +48,7 @@ class BenchRecord:
 
     where: str  # "local", "ssh://user@host", "adb://serial"
     runtime: str
-    runtime_version: str
+    runtime_version: str | None
     threads: int
     tuned: bool  # settings that were found for a device were in use
     prompt_tokens: int
@@ -84,6 +84,7 @@ class BenchRecord:
         if set(seen) != wanted:
             got = f"the runner's record has other fields: {', '.join(sorted(set(seen) ^ wanted))}"
             raise EdgestillError(f"bench {where}", got)
+        checked(cls, {"where": where, **seen}, f"bench {where}", EdgestillError)
         spreads = {name: Spread(**seen[name]) for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s")}
         return cls(where=where, **(seen | spreads))
 
@@ -159,11 +160,10 @@ def _seen(where: str, done: Finished) -> dict[str, Any]:
     if done.returncode:
         raise EdgestillError(f"bench {where}", f"the measuring process failed: {done.last_line}")
     try:
-        seen = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError) as error:
+        seen = parse_json(done.stdout.strip().splitlines()[-1])
+    except (JsonFault, IndexError) as error:
         raise EdgestillError(f"bench {where}", f"the runner's answer is not JSON: {done.stdout[-200:]!r}") from error
-    assert isinstance(seen, dict), "the runner prints an object"
-    return seen
+    return required({"its answer": seen}, "its answer", dict, f"bench {where}", EdgestillError)
 
 
 def bench(params: BenchParams, ctx: StageContext) -> StageResult:

@@ -9,14 +9,23 @@ runtime.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Required,  # those of typing are not read by pydantic before Python 3.12
+)
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from compress.errors import ModelError
 from compress.files import file_sha256, json_text, write_whole
+from compress.json_reader import MAX_WHOLE, checked, read_table, required
+from compress.names import is_plain_name
 from deploy.bundle_runner.run import forbidden, strange_options
 
 BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
@@ -25,6 +34,11 @@ BESIDE = (GGUF_FOLDER, GPTQ_FOLDER)  # formats in folders of their own; where th
 RUNNER_FILE = "run.py"
 RUNNER = Path(__file__).parent / "bundle_runner" / RUNNER_FILE  # copied into every bundle that a runtime opens
 FORM = 1
+# of a bundle that a runtime opens: whole numbers that running, timing and estimating it read
+_NEEDED = {
+    "onnx": ("context_tokens", "accuracy_level", "read_per_token_bytes"),
+    "model": ("hidden", "vocabulary"),
+}
 _REPAIR = "Copy the bundle again, or export it again"
 
 
@@ -70,8 +84,14 @@ class Bundle:
         return files + (self.folder / BUNDLE_FILE).stat().st_size
 
     def need(self, form: str) -> None:
-        """Raise ModelError unless the bundle holds the format ``form``."""
+        """Raise ModelError unless the bundle holds the format ``form``, and says what running it takes."""
         if form in self.formats:
+            for part, names in _NEEDED.items() if form == "onnx" else ():
+                for name in names:
+                    table, where = self.info.get(part) or {}, f"{self.folder / BUNDLE_FILE}: {part}"
+                    required(
+                        table, name, int, where, ModelError, least=1 if name != "accuracy_level" else 0, do=_REPAIR
+                    )
             return
         got = f"holds the format {', '.join(self.formats)} alone"
         if form == "onnx":
@@ -106,20 +126,13 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
             ``verify``.
     """
     path = folder / BUNDLE_FILE
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         do = "Make one with: edgestill export MODEL --target TARGET"
-        raise ModelError(str(path), "no such file", "a bundle folder", do) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(str(path), f"cannot be read ({error})", "a bundle's JSON", _REPAIR) from error
-    if not isinstance(info, dict) or info.get("edgestill") != FORM:
-        raise ModelError(str(path), "not a bundle of this form", f'"edgestill": {FORM}', _REPAIR)
-    shipped = _shipped_key(info.get("formats") or [])
-    for key in ("formats", "model", shipped):
-        if not info.get(key):
-            raise ModelError(str(path), f"no {key}", "formats, model and files", _REPAIR)
-    _check_files(folder, info["files"], verify=verify)
+        raise ModelError(str(path), "no such file", "a bundle folder", do)
+    info = read_table(path, ModelError, allowed="a bundle's JSON", do=_REPAIR)
+    check_info(info, str(path))
+    shipped = _shipped_key(info["formats"])
+    _check_files(folder, info.get("files", {}), verify=verify)
     for form in BESIDE:
         files = f"{form}_files"
         if files == shipped or (form in info["formats"] and (folder / form).is_dir()):
@@ -127,6 +140,72 @@ def open_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     if verify:
         check_safe(folder)
     return Bundle(folder, info)
+
+
+class FileFacts(TypedDict):
+    """What ``bundle.json`` says of a file."""
+
+    bytes: Annotated[int, Field(ge=0, le=MAX_WHOLE)]
+    sha256: Annotated[str, Field(max_length=64)]
+
+
+_Size = Annotated[int, Field(ge=0, le=MAX_WHOLE)]
+
+
+class _Model(TypedDict, total=False):
+    architecture: str
+    parameters: Required[_Size]
+    layers: _Size
+    hidden: _Size
+    vocabulary: _Size
+    bits: int | None
+    group_size: int | None
+
+
+class _Onnx(TypedDict, total=False):
+    context_tokens: _Size
+    accuracy_level: _Size
+    read_per_token_bytes: _Size
+    products_per_token: _Size
+    products_per_prompt: _Size
+    last_logits: bool
+    backend: str
+    runtime: dict[str, str | None]
+
+
+class _Tuned(TypedDict, total=False):
+    threads: Annotated[int, Field(ge=1, le=4096)] | None
+    prefill_chunk: Annotated[int, Field(ge=1, le=MAX_WHOLE)] | None
+    config_entries: dict[str, str] | None
+    was: dict[str, Any] | None
+
+
+class _Info(TypedDict, total=False):
+    """The parts of ``bundle.json`` that are read anywhere; there may be others."""
+
+    edgestill: Required[Literal[1]]
+    formats: Required[Annotated[list[Literal["onnx", "gguf", "gptq"]], Field(min_length=1)]]
+    model: Required[_Model]
+    onnx: _Onnx | None
+    tuned: _Tuned | None
+    files: dict[str, FileFacts]
+    gguf_files: dict[str, FileFacts]
+    gptq_files: dict[str, FileFacts]
+    parity: dict[str, Any] | None
+
+
+def check_info(info: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError unless ``info`` is what a ``bundle.json`` holds: every part that is read here, by its type."""
+    if info.get("edgestill") != FORM:
+        raise ModelError(where, "not a bundle of this form", f'"edgestill": {FORM}', _REPAIR)
+    checked(_Info, dict(info), where, ModelError, do=_REPAIR)
+    shipped = _shipped_key(info["formats"])
+    if not info.get(shipped):
+        raise ModelError(where, f"no {shipped}", "formats, model and files", _REPAIR)
+    for key in ("files", "gguf_files", "gptq_files"):
+        wrong = [name for name in info.get(key, {}) if not is_plain_name(name) or name == BUNDLE_FILE]
+        if wrong:
+            raise ModelError(where, f"the file name {wrong[0][:80]!r}", "a plain name", _REPAIR)
 
 
 def check_safe(folder: Path) -> None:
@@ -157,10 +236,6 @@ def _shipped_key(formats: Sequence[str]) -> str:
 def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> None:
     for name, facts in files.items():
         path = folder / name
-        if Path(name).name != name:
-            raise ModelError(str(folder / BUNDLE_FILE), f"the file name {name!r}", "a plain name", _REPAIR)
-        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= set(facts):
-            raise ModelError(str(folder / BUNDLE_FILE), f"no bytes and sha256 for {name!r}", "both", _REPAIR)
         if not path.is_file():
             raise ModelError(str(path), "missing from the bundle", do=_REPAIR)
         if path.stat().st_size != facts["bytes"]:
@@ -172,8 +247,8 @@ def _check_files(folder: Path, files: Mapping[str, Any], *, verify: bool) -> Non
 def tuned(folder: Path) -> Mapping[str, Any]:
     """Return what `edgestill tune` wrote into the bundle in ``folder``; empty for one that was not, or no bundle."""
     try:
-        found = json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8")).get("tuned")
-    except (OSError, ValueError, AttributeError):
+        found = read_table(folder / BUNDLE_FILE, ModelError).get("tuned")
+    except ModelError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -76,7 +76,7 @@ def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEV
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise EdgestillError("measuring this machine", f"the measuring process failed: {last[0]}")
-    return Rates(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return Rates(**json.loads(done.stdout.strip().splitlines()[-1]))  # our own process
 
 
 def here(rates: Rates, **facts: Any) -> Target:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime_genai as og
 
 from compress.errors import DataError, ModelError
+from compress.json_reader import read_table, required
 from compress.scratch import scratch
 from deploy import huge_pages
 from deploy.bundle import check_safe, open_bundle, tuned
@@ -55,8 +56,10 @@ class GenaiRunner:
         if not config_file.is_file():
             raise ModelError(str(config_file), "no such file", "a bundle with the format onnx")
         check_safe(folder)
-        configured = json.loads(config_file.read_text(encoding="utf-8"))
-        settings = configured["model"]
+        configured, where = read_table(config_file, ModelError), str(config_file)
+        settings = required(configured, "model", dict, where, ModelError)
+        for key in ("context_length", "vocab_size"):
+            required(settings, key, int, where, ModelError, least=1, most=1 << 31)
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
         chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
         self.folder, self.batch_size, self.threads = folder, batch_size, chosen.threads

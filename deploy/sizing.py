@@ -8,7 +8,6 @@ operator, and is rough. Knows targets' facts and models' shapes; of a bundle it 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ModelError, TargetError
+from compress.json_reader import read_table, required
 from compress.model.quantization.layout import stored_as
 from compress.model.shapes import head_size, kv_head_count, layer_shapes, linear_shapes
 from deploy.bundle import RUNNER, Bundle
@@ -77,8 +77,12 @@ class Precision:
             plain = 16 if kind in ("float16", "bfloat16") else 32
             return cls(bits=plain, embedding_bits=plain, lm_head_bits=plain)
         made = folder / "edgestill.json"
-        figures = json.loads(made.read_text(encoding="utf-8")).get("figures", {}) if made.is_file() else {}
-        values = dict(quantization) | {key: figures.get(key, 16) for key in ("embedding_bits", "lm_head_bits")}
+        figures = read_table(made, ModelError).get("figures") if made.is_file() else None
+        told = figures if isinstance(figures, dict) else {}
+        values = dict(quantization) | {
+            key: required({key: told.get(key, 16)}, key, int, str(made), ModelError, least=1, most=32)
+            for key in ("embedding_bits", "lm_head_bits")
+        }
         return cls.of_params(values, {path: stored_as(quantization, path) for path in _paths(config)})
 
 
@@ -142,12 +146,14 @@ def estimate_of_bundle(
     bundle.need("onnx")
     prompt = context_tokens if prompt_tokens is None else prompt_tokens
     path = bundle.folder / "genai_config.json"
-    try:
-        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
-        layers = int(decoder["num_hidden_layers"])
-        values = layers * int(decoder["num_key_value_heads"]) * int(decoder["head_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(str(path), f"not readable ({error})", "the runtime's configuration", "Export again") from error
+    config = read_table(path, ModelError, do="Export again")
+    model = required(config, "model", dict, str(path), ModelError)
+    decoder = required(model, "decoder", dict, str(path), ModelError)
+    sizes = ("num_hidden_layers", "num_key_value_heads", "head_size")
+    layers, kv_heads, size = (
+        required(decoder, key, int, str(path), ModelError, least=1, most=1 << 20) for key in sizes
+    )
+    values = layers * kv_heads * size
     return _on_target(
         target,
         weights=(
@@ -161,7 +167,7 @@ def estimate_of_bundle(
         logits=logits_bytes(int(bundle.model["vocabulary"]), 1 if _keeps_last(bundle) else prompt),
         size=bundle.bytes,
         prompt=prompt,
-        coded=bundle.model["bits"] is not None,
+        coded=bundle.model.get("bits") is not None,
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from compress import processes
 from compress.errors import ModelError, ParityError, UserError
 from compress.files import json_text, sync_folder, write_whole
+from compress.json_reader import read_table, required
 from compress.progress import Progress
 from compress.scratch import scratch
 from compress.store import check_outside
@@ -100,10 +101,10 @@ def tune(bundle: Path, out: Path, params: TuneParams, *, device: str, progress: 
 
 def starting_point(bundle: Bundle) -> Setting:
     """The setting of an untuned bundle on this machine."""
-    config = json.loads((bundle.folder / GENAI_CONFIG).read_text(encoding="utf-8"))
+    search_part = _parts(read_table(bundle.folder / GENAI_CONFIG, ModelError), bundle.folder)["search"]
     return Setting(
         threads=cores(),
-        share_buffer=bool(config["search"].get("past_present_share_buffer", False)),
+        share_buffer=bool(search_part.get("past_present_share_buffer", False)),
         accuracy_level=4 if int(bundle.info["onnx"]["accuracy_level"]) == 4 else 1,
     )
 
@@ -271,7 +272,7 @@ class Workers:
             watch.cancel()
         if not line:
             raise NotMeasurable(setting, self._stop(setting))
-        found: dict[str, Any] = json.loads(line)
+        found: dict[str, Any] = json.loads(line)  # our own process
         return found
 
     def _stop(self, setting: Setting) -> str:
@@ -340,9 +341,12 @@ def _copy_untuned(bundle: Bundle, folder: Path) -> Bundle:
     if not before:
         return Bundle(folder, info)
     was = before.get("was") or {}  # bundles tuned before there was one keep what cannot be known
+    for part in _SET:
+        if was.get(part) is not None:
+            required(was, part, dict, f"{bundle.folder / BUNDLE_FILE}: tuned.was", ModelError)
     path = folder / GENAI_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for part, entries in _parts(config).items():
+    config = read_table(path, ModelError)
+    for part, entries in _parts(config, folder).items():
         for name in _SET[part]:
             if was or name != "past_present_share_buffer":
                 entries.pop(name, None)
@@ -357,9 +361,12 @@ def _copy_untuned(bundle: Bundle, folder: Path) -> Bundle:
     return Bundle(folder, info)
 
 
-def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of the runtime's config that a tune sets."""
-    return {"session": config["model"]["decoder"]["session_options"], "search": config["search"]}
+def _parts(config: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts of the runtime's config in ``folder`` that a tune sets; ModelError where one is missing."""
+    where, part = str(folder / GENAI_CONFIG), config
+    for name in ("model", "decoder", "session_options"):
+        part = required(part, name, dict, where, ModelError)
+    return {"session": part, "search": required(config, "search", dict, where, ModelError)}
 
 
 def _set_level(folder: Path, level: int) -> bool:
@@ -376,8 +383,8 @@ def _write(untuned: Bundle, made: Path, best: Setting, facts: dict[str, Any]) ->
     shutil.copytree(untuned.folder, made)
     numeric = _set_level(made, best.accuracy_level)
     path = made / GENAI_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
-    parts, entries = _parts(config), session_entries(best)
+    config = read_table(path, ModelError)
+    parts, entries = _parts(config, made), session_entries(best)
     was: dict[str, Any] = {
         part: {name: have[name] for name in _SET[part] if name in have} for part, have in parts.items()
     }
@@ -401,7 +408,7 @@ def _write(untuned: Bundle, made: Path, best: Setting, facts: dict[str, Any]) ->
 def _note_kl(made: Path, kl: float) -> None:
     """Note in ``bundle.json`` the divergence from the untuned bundle, in nats per token."""
     path = made / BUNDLE_FILE
-    info = json.loads(path.read_text(encoding="utf-8"))
+    info = read_table(path, ModelError)
     info["tuned"]["kl"] = kl
     _write_json(path, info)
 

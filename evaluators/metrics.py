@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 CALL_METRICS = ("exact_match", "function_accuracy", "argument_f1", "valid_json")
+MAX_DEPTH = 100  # of the arguments of a call
 
 
 def no_constant(text: str) -> Any:
@@ -31,6 +32,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def nested_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects stand in one another more than ``most`` levels deep: writing such a value may fail."""
+    level = [value]
+    for _ in range(most + 1):
+        outer = [one for one in level if isinstance(one, dict | list)]
+        level = [inner for one in outer for inner in (one.values() if isinstance(one, dict) else one)]
+        if not outer:
+            return False
+    return True
+
+
 def parse_call(text: str) -> dict[str, Any] | None:
     """The call as ``{"name": str, "args": dict}``, or None when ``text`` is not exactly one call."""
     try:
@@ -38,6 +50,8 @@ def parse_call(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or set(call) - {"name", "args"}:
+        return None
+    if nested_deeper(call, MAX_DEPTH):
         return None
     args = call.get("args", {})
     return {"name": call["name"], "args": args} if isinstance(args, dict) else None

@@ -13,7 +13,7 @@ MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 # what each side may import of ours; the longest matching prefix of the importing module decides
 SHARED = (
     "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names",
-    "compress.processes", "compress.scratch",
+    "compress.json_reader", "compress.patterns", "compress.processes", "compress.scratch", "compress.tokenizer_files",
 )  # fmt: skip
 ALLOWED = {
     "evaluators": ("evaluators",),
@@ -37,13 +37,17 @@ ALLOWED = {
     "compress.names": (),
     "compress.processes": (),
     "compress.scratch": (),
+    "compress.patterns": (),
+    "compress.chat_templates": (),
+    "compress.json_reader": ("compress.errors",),
+    "compress.tokenizer_files": ("compress.errors", "compress.json_reader"),
     "compress.version": (),
     "compress.answers": (),
     "compress.context": ("compress.progress", "compress.teachers"),
     "compress.progress": ("compress.errors",),
-    "compress.store": ("compress.errors", "compress.files"),
-    "compress.ends": ("compress.errors",),
-    "compress.encoding": ("compress.data.rows", "compress.ends", *SHARED),
+    "compress.store": ("compress.errors", "compress.files", "compress.json_reader"),
+    "compress.ends": ("compress.errors", "compress.json_reader"),
+    "compress.encoding": ("compress.data.rows", "compress.chat_templates", "compress.ends", *SHARED),
 }  # fmt: skip
 TORCH_FREE = (
     "compress", "compress.errors", "compress.context", "compress.progress", "compress.profile", "compress.store",

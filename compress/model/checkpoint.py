@@ -8,7 +8,6 @@ offered here too. Never pickle, never remote code, no network. Knows nothing of 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.encoding import load_tokenizer, stop_ids
-from compress.errors import ModelError
+from compress.errors import EdgestillError, ModelError
 from compress.files import TOKENIZER_FILES, json_text, write_whole
+from compress.json_reader import read_table, required, shown
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
+from compress.names import is_plain_name
+from compress.tokenizer_files import highest_id, read_tokenizer
 
 __all__ = [
     "SUPPORTED",
@@ -45,8 +47,7 @@ __all__ = [
 
 METADATA_FILE, GENERATION_FILE = "edgestill.json", "generation_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# What transformers raises for a folder that it cannot open; anything else is our own mistake.
-_OPEN_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError, SafetensorError)
+_FORMATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # of numbers that are read here
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,17 +75,10 @@ def check_folder(folder: Path) -> None:
 
 def check_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError when ``tokenizer.json`` is absent or holds ids outside the model's vocabulary."""
-    path = folder / "tokenizer.json"
-    data = _read_json(path)
-    model = data.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict | list) or not vocab:
-        raise ModelError(str(path), "no model.vocab", "a tokenizer of the tokenizers library")
-    highest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-    highest = max([highest, *(int(token["id"]) for token in data.get("added_tokens") or [])])
+    highest = highest_id(read_tokenizer(folder))
     if highest >= int(config["vocab_size"]):
         raise ModelError(
-            str(path),
+            str(folder / "tokenizer.json"),
             f"token id {highest}",
             f"ids below the model's vocab_size {config['vocab_size']}",
             "Use the tokenizer that the model was trained with",
@@ -114,7 +108,9 @@ def load_model(
                     trust_remote_code=False,
                     use_safetensors=True,
                 )
-    except _OPEN_ERRORS as error:
+    except EdgestillError:
+        raise
+    except Exception as error:  # a config from outside: transformers and torch raise whatever it leads them to
         raise ModelError(str(folder), f"transformers cannot open it: {_first_line(error)}") from error
     for name, parameter in model.named_parameters():
         _check_finite(parameter, name, folder)
@@ -209,15 +205,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(str(path), "no such file", "a Hugging Face checkpoint folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(str(path), f"cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise ModelError(str(path), f"a JSON {type(data).__name__}", "a JSON object")
-    return data
+    return read_table(path, ModelError, allowed="a JSON object, as in a Hugging Face checkpoint folder")
 
 
 def _first_line(error: Exception) -> str:
@@ -231,10 +219,16 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        names = sorted(set(dict(_read_json(index).get("weight_map") or {}).values()))
-        missing = [name for name in names if "/" in name or not (folder / name).is_file()]
+        listed = required(_read_json(index), "weight_map", dict, str(index), ModelError)
+        wrong = [name for name in listed.values() if not isinstance(name, str) or not is_plain_name(name)]
+        if wrong:
+            raise ModelError(str(index), f"weight_map names the shard {shown(wrong[0])}", "a plain file name")
+        names = sorted(set(listed.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            raise ModelError(str(index), f"missing shards {', '.join(missing) or '(none listed)'}", "every shard")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            got = f"missing shards {', '.join(missing[:3]) or '(none listed)'}{more}"
+            raise ModelError(str(index), got, "every shard")
         return [folder / name for name in names]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -269,7 +263,12 @@ def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            strange = next((name for name, piece in pieces.items() if piece.get_dtype() not in _FORMATS), None)
+            if strange is not None:
+                got = f"{shown(strange)} of the number format {pieces[strange].get_dtype()}"
+                raise ModelError(str(path), got, f"one of {', '.join(_FORMATS)}")
+            return {name: tuple(piece.get_shape()) for name, piece in pieces.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             str(path),

@@ -14,11 +14,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ModelError
+from compress.json_reader import required, shown
+from compress.patterns import slow_pattern
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _BY_TYPE = {"llama": SUPPORTED[0], "qwen2": SUPPORTED[1], "qwen3": SUPPORTED[2]}
 AXES = ("heads", "ffn", "hidden", "layers")
-_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TYPES = {name: kind for kind, name in _BY_TYPE.items()}
+_MOST = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 27,
+}
+_MAY_MISS = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # null is as if left out
+_KINDS: dict[str, type] = {
+    "layer_types": list,
+    "quantization_config": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "tie_word_embeddings": bool,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "hidden_act": str,
+    "dtype": str,
+    "torch_dtype": str,
+}
+_MOST_SHAPES = 1_000_000  # that are tried for a ratio; each takes some 50 microseconds
 _OVER_REACH = 0.02  # a ratio this far (share of the whole) beyond what the axes can give is refused
 
 
@@ -40,28 +66,61 @@ class StudentShape:
 
 def architecture(config: Mapping[str, Any], *, where: str = "config.json") -> str:
     """Return the architecture's class name; ModelError names the supported ones for any other."""
-    listed = config.get("architectures") or [_BY_TYPE.get(str(config.get("model_type")), config.get("model_type"))]
-    name = str(listed[0])
-    if name not in SUPPORTED:
-        raise ModelError(where, f"architecture {name}", f"one of {', '.join(SUPPORTED)}")
+    kind, listed = config.get("model_type"), config.get("architectures")
+    known = _BY_TYPE.get(kind) if isinstance(kind, str) else None
+    name = listed[0] if isinstance(listed, list) and listed else listed or known or kind
+    if not isinstance(name, str) or name not in SUPPORTED:
+        got = name if isinstance(name, str) else shown(name)
+        raise ModelError(where, f"architecture {got[:80]}", f"one of {', '.join(SUPPORTED)}")
+    if kind is not None and known != name:  # transformers would build what model_type says
+        raise ModelError(where, f"architecture {name} with model_type {shown(kind)}", f"model_type {_TYPES[name]!r}")
     return name
 
 
 def check_config(config: Mapping[str, Any], *, where: str = "config.json") -> None:
-    """Raise ModelError unless ``config`` is a supported architecture with whole positive sizes that fit together."""
+    """Raise ModelError unless ``config`` is a supported architecture with whole positive sizes that fit together.
+
+    Each size has an upper bound far above every model in use: what stands in a file must not decide how much memory
+    is asked for, or how long a plan takes.
+    """
     name = architecture(config, where=where)
-    for key in _WIDTHS:
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(where, f"{key} is {value!r}", "a whole number of at least 1")
+    for key, most in _MOST.items():
+        if key not in _MAY_MISS or config.get(key) is not None:
+            required(config, key, int, where, ModelError, least=1, most=most)
+    for key, kind in _KINDS.items():
+        if config.get(key) is not None:
+            required(config, key, kind, where, ModelError)
     heads, kv = config["num_attention_heads"], kv_head_count(config)
     if kv < 1 or heads % kv:
         raise ModelError(where, f"{heads} attention heads over {kv} key-value heads", "a whole number of heads each")
     if name == SUPPORTED[0] and config["hidden_size"] % heads:
         raise ModelError(where, f"hidden_size {config['hidden_size']} with {heads} heads", "a multiple of the heads")
+    if head_size(config) < 1:
+        raise ModelError(where, f"hidden_size {config['hidden_size']} with {heads} heads", "a head of one or more")
     layer_types = config.get("layer_types")
     if layer_types is not None and len(layer_types) != config["num_hidden_layers"]:
         raise ModelError(where, f"{len(layer_types)} layer_types", f"{config['num_hidden_layers']}, one per layer")
+    if not all(isinstance(kind, str) for kind in layer_types or ()):
+        raise ModelError(where, "layer_types holds what is no text", "a name per layer")
+    if config.get("quantization_config") is not None:
+        _check_quantization(config["quantization_config"], f"{where}: quantization_config")
+
+
+def _check_quantization(settings: Mapping[str, Any], where: str) -> None:
+    """Types of what `compress.model.quantization` reads; its exceptions are regular expressions over paths."""
+    for key, least, most in (("bits", 1, 32), ("group_size", -1, 1 << 20)):
+        if settings.get(key) is not None:
+            required(settings, key, int, where, ModelError, least=least, most=most)
+    dynamic = settings.get("dynamic")
+    if dynamic is None:
+        return
+    for text, entry in required(settings, "dynamic", dict, where, ModelError).items():
+        reason = slow_pattern(text.removeprefix("+:").removeprefix("-:"), repeats=3)
+        if reason or len(dynamic) > 1000:
+            raise ModelError(where, f"dynamic: {shown(text)} {reason or 'is one of too many'}", "expressions of paths")
+        if not isinstance(entry, dict):
+            raise ModelError(where, f"dynamic: {shown(text)} is {shown(entry)}", "an object")
+        _check_quantization({key: entry[key] for key in ("bits", "group_size") if key in entry}, where)
 
 
 def kv_head_count(config: Mapping[str, Any]) -> int:
@@ -308,6 +367,10 @@ def _candidates(
     own, size = shape_of(config), head_size(config)
     hiddens = _steps(_own_hidden(own), multiple_of) if "hidden" in axes else [_own_hidden(own)]
     layer_counts = range(1, own.layers + 1) if "layers" in axes else [own.layers]
+    tried = len(hiddens) * len(layer_counts) * (len(head_options(config)) if "heads" in axes else 1)
+    if tried > _MOST_SHAPES:
+        got = f"{tried} shapes of {own.text()} would have to be tried"
+        raise ModelError("prune_ratio", got, f"at most {_MOST_SHAPES}", "Name fewer axes, or the sizes themselves")
     for hidden in hiddens:
         for heads, kv in head_options(config, hidden=hidden):
             if "heads" not in axes and (heads, kv) != (own.heads, own.kv_heads):

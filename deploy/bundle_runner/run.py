@@ -46,6 +46,7 @@ BATCH, BATCH_BYTES = 32, 256 << 20  # answers that run together, at most, and th
 MOST_NEW_TOKENS = 256  # of an answer, where nothing is said
 ROOM = 512  # tokens of an answer that a KV cache has room for at first, where more are allowed
 NO_TOKEN = -1  # a padding token that no prompt has: the runtime would hide its positions
+MOST_JSON = 128 << 20  # bytes of a JSON file
 COLD = "the device offers no temperature in hwmon or thermal zones"
 AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
@@ -109,8 +110,10 @@ def check_config(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; Fault when it cannot be read."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Fault(f"{path}: cannot be read ({error}). Copy the bundle again") from error
     if not isinstance(found, dict):
         raise Fault(f"{path}: not a JSON object. Copy the bundle again")
@@ -156,10 +159,13 @@ class Settings:
         tuned = info.get("tuned") or {}
         session = config.get("model", {}).get("decoder", {}).get("session_options", {})
         found = threads or tuned.get("threads") or session.get("intra_op_num_threads") or cores()
+        chunk = tuned.get("prefill_chunk")
+        if not all(value is None or (type(value) is int and 0 < value < 1 << 31) for value in (found, chunk)):
+            raise Fault(f"threads {found!r}, prefill_chunk {chunk!r}; expected whole numbers. Export the bundle again")
         entries = {str(name): str(value) for name, value in (tuned.get("config_entries") or {}).items()}
-        if int(found) != tuned.get("threads"):
+        if found != tuned.get("threads"):
             entries.pop(AFFINITIES, None)
-        return cls(int(found), tuned.get("prefill_chunk"), entries)
+        return cls(found, chunk, entries)
 
 
 def processors(sys_root: Path = Path("/sys")) -> list[list[int]]:
@@ -811,7 +817,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(json.dumps(record, sort_keys=True) + "\n")
             return 0
         _converse(args, info, settings)
-    except (Fault, RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (Fault, RuntimeError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
         return error.code if isinstance(error, Fault) else 1
     except KeyboardInterrupt:

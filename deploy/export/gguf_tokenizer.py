@@ -16,6 +16,7 @@ from typing import Any
 
 from compress.encoding import end_of_turn, load_tokenizer, stop_ids
 from compress.errors import ModelError
+from compress.tokenizer_files import read_tokenizer
 
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -60,8 +61,8 @@ def read(folder: Path, *, size: int) -> Vocabulary:
     Raises ModelError for a tokenizer that llama.cpp has not, naming what it has.
     """
     path = folder / "tokenizer.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
-    model = data.get("model") or {}
+    data = read_tokenizer(folder)
+    model = data["model"]
     if model.get("type") != "BPE":
         raise _unknown(path, f"a tokenizer of type {model.get('type')}")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):

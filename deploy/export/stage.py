@@ -7,7 +7,6 @@ contract for stages; how a format is written is known to `onnx`, `optimum`, `gpt
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from compress.context import StageContext, StageResult
 from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
 from compress.errors import ModelError, TargetError
 from compress.files import NOT_STATED, licence_of
+from compress.json_reader import read_table
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
 from deploy.bundle import BESIDE, GGUF_FOLDER, GPTQ_FOLDER, RUNNER, RUNNER_FILE, Bundle, write_bundle
@@ -44,6 +44,7 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
     source = ctx.inputs["model"]
     config = read_config(source)
     _check_formats(params, ctx, config, source)
+    load_tokenizer(source)  # a damaged one is found before a graph is drawn
     facts: dict[str, Any] = {
         "formats": sorted(set(params.formats)),
         "model": _model_facts(config, plain=params.backend == "optimum" and "onnx" in params.formats),
@@ -247,10 +248,7 @@ def _last_step(folder: Path) -> list[dict[str, Any]]:
     path = folder / METADATA_FILE
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(str(path), f"cannot be read as JSON ({error})") from error
+    found = read_table(path, ModelError)
     stage, _, method = str(found.get("stage", "")).rpartition(".")
-    kept = {key: found[key] for key in ("params", "teacher", "student") if key in found}
+    kept: dict[str, Any] = {key: found[key] for key in ("params", "teacher", "student") if key in found}
     return [{"stage": stage, "method": method, **kept}]

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from compress.errors import ModelError
+from compress.json_reader import parse_json
 from compress.model.checkpoint import copy_tokenizer
 
 # not needed to run: the model's vocabulary and merges stand in tokenizer.json too
@@ -18,7 +19,7 @@ _REDUNDANT = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"
 
 def compact(text: str) -> str:
     """Return JSON ``text`` without blanks between its parts; order and values stay."""
-    return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(parse_json(text), ensure_ascii=False, separators=(",", ":"))
 
 
 def write_tokenizer(source: Path, out: Path) -> None:
@@ -29,5 +30,5 @@ def write_tokenizer(source: Path, out: Path) -> None:
     for path in sorted(out.glob("tokenizer*.json")):
         try:
             path.write_text(compact(path.read_text(encoding="utf-8")), encoding="utf-8")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(str(source / path.name), f"cannot be read as JSON ({error})") from error

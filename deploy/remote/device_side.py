@@ -36,7 +36,7 @@ def is_bundle(folder: Path) -> bool:
     """Whether ``folder`` holds a bundle: its bundle.json says so."""
     try:
         found = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and "edgestill" in found
 

@@ -13,10 +13,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import EdgestillError, TargetError
 from compress.files import file_sha256
+from compress.json_reader import MAX_WHOLE, JsonFault, checked, parse_json
 from deploy.bundle import BUNDLE_FILE, RUNNER, Bundle
 from deploy.remote import device_side
 from deploy.remote.transport import Device
@@ -24,6 +28,27 @@ from deploy.remote.transport import Device
 DEVICE_SIDE = Path(device_side.__file__)
 _LOOK_TIME_S = 600.0  # digests of a bundle of gigabytes on a slow card
 _NO_PYTHON = (126, 127)  # how a shell says that there is no such program
+
+
+class _Facts(TypedDict):
+    """Size and SHA-256 of a file on the device."""
+
+    bytes: Annotated[int, Field(ge=0, le=MAX_WHOLE)]
+    sha256: str
+
+
+class _Looked(TypedDict):
+    """What `device_side` answers; a device may say anything."""
+
+    python: str
+    executable: str
+    packages: dict[str, str | None]
+    folder: str
+    free_bytes: Annotated[int, Field(ge=0, le=MAX_WHOLE)]
+    files: dict[str, _Facts | None]
+    taken: list[str]
+    ours: bool
+    parts: dict[str, _Facts | None]
 
 
 @dataclass
@@ -78,11 +103,12 @@ class Remote:
         if done.returncode:
             raise EdgestillError(self.device.where, f"looking at the device failed: {done.last_line}")
         try:
-            found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        except (ValueError, IndexError) as error:
+            found = parse_json(done.stdout.strip().splitlines()[-1])
+        except (JsonFault, IndexError) as error:
             got = f"the device's answer is not JSON: {done.stdout[-200:]!r}"
             raise EdgestillError(self.device.where, got) from error
-        return found
+        checked(_Looked, found, f"the answer of {self.device.where}", EdgestillError)
+        return cast(dict[str, Any], found)
 
 
 def check_packages(remote: Remote, found: Mapping[str, Any], bundle: Bundle) -> None:
@@ -90,7 +116,7 @@ def check_packages(remote: Remote, found: Mapping[str, Any], bundle: Bundle) -> 
     missing = [name for name, version in found["packages"].items() if version is None]
     if not missing:
         return
-    made_with = bundle.info["onnx"].get("runtime", {}).get("onnxruntime-genai")
+    made_with = ((bundle.info.get("onnx") or {}).get("runtime") or {}).get("onnxruntime-genai")
     wanted = [f"{name}=={made_with}" if made_with and name.startswith("onnx") else name for name in missing]
     raise TargetError(
         remote.device.where,

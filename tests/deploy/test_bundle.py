@@ -69,9 +69,9 @@ def test_a_missing_file_is_refused(copy: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "not a bundle of this form"),
+        ("[]", "a JSON list"),
         ('{"edgestill": 2}', "not a bundle of this form"),
-        ('{"edgestill": 1, "formats": ["onnx"], "model": {"bits": 4}}', "no files"),
+        ('{"edgestill": 1, "formats": ["onnx"], "model": {"parameters": 4}}', "no files"),
     ],
 )
 def test_another_bundle_json_is_refused(copy: Path, text: str, message: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.context import Params
+from compress.patterns import slow_pattern
 
 REWRITE = (
     "{prompt}\n\nHere is a correct answer:\n\n{answer}\n\n"
@@ -61,8 +61,6 @@ class SelfDistillationParams(Params):
             raise ValueError("request must hold {prompt} and {answer}, so that the teacher sees both")
         if (self.check == "pattern") != bool(self.pattern):
             raise ValueError("check: pattern and pattern go together; set both or neither")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"pattern is no regular expression: {error}") from None
+        if reason := slow_pattern(self.pattern, repeats=6):
+            raise ValueError(f"pattern {reason}")
         return self

@@ -7,7 +7,6 @@ state as JSON values, so that a resumed run logs and judges as an unbroken one. 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from compress.errors import TrainingError
 from compress.files import json_text, write_whole
+from compress.json_reader import parse_json
 
 TRAINING_LOG = "training.jsonl"  # of a stage, in its work folder and in its artifact
 TIMED_REPORT = ("seconds", "tokens_per_s", "resumed_from")  # of a report: not the same in every run, so in no artifact
@@ -68,7 +68,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log; a kill may have cut the last one."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [parse_json(line, constants=True) for line in lines if line.endswith("}")]
 
 
 class DivergenceGuard:

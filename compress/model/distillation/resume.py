@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.errors import StoreError
 from compress.files import json_text, whole_file, write_whole
+from compress.json_reader import parse_json
 
 logger = logging.getLogger(__name__)
 _VALUES = "values"  # the one metadata entry: JSON text
@@ -111,7 +112,7 @@ def open_tensors(path: Path) -> SavedTensors | None:
         return None
     try:
         file: Any = safe_open(path, framework="pt")
-        values = json.loads((file.metadata() or {})[_VALUES])
+        values = parse_json((file.metadata() or {})[_VALUES], constants=True)
         outlines = {name: _outline(file.get_slice(name)) for name in file.offset_keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s is damaged and left aside (%s)", path, error)

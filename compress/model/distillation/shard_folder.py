@@ -7,7 +7,6 @@ are computed. Knows nothing of what a shard holds beside keys and counts.
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from compress.errors import DataError, StoreError
 from compress.files import file_sha256
+from compress.json_reader import parse_json
 from compress.model.distillation.packing import Indices
 from compress.model.distillation.resume import save_tensors, write_json
 
@@ -115,7 +115,7 @@ class ShardFolder(ABC):
             write_json(path, dict(wanted))
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise StoreError(str(path), f"cannot be read ({error})", do="Remove the folder; it is made anew") from error
         for name, value in wanted.items():
@@ -137,7 +137,7 @@ class ShardFolder(ABC):
         """The tensors of a file, None where they cannot be trusted."""
         path = marker.with_suffix(".safetensors")
         try:
-            digest = json.loads(marker.read_text(encoding="utf-8"))["sha256"]
+            digest = parse_json(marker.read_bytes())["sha256"]
             if file_sha256(path) != digest:
                 logger.warning("%s fails its digest; its rows are computed again", path)
                 return None

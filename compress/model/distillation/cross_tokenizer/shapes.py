@@ -5,7 +5,6 @@ Imports no torch: a plan asks this too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from compress.errors import ModelError
 from compress.model.distillation.cross_tokenizer.params import CrossTokenizerParams
 from compress.model.shapes import StudentShape, shape_of, with_shape
+from compress.tokenizer_files import highest_id, read_tokenizer
 
 
 def scratch_config(teacher: Mapping[str, Any], params: CrossTokenizerParams) -> dict[str, Any]:
@@ -48,10 +48,4 @@ def tokenizer_size(folder: Path) -> int:
             "the folder of a fast tokenizer",
             "Relative paths start at the current folder",
         )
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
-        vocab = rules["model"]["vocab"]
-        highest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-        return int(max([highest, *(token["id"] for token in rules.get("added_tokens") or [])])) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(str(path), f"cannot be read ({error})", "a tokenizer of the tokenizers library") from error
+    return highest_id(read_tokenizer(folder)) + 1
