@@ -142,7 +142,7 @@ def test_light_modules_load_nothing_heavy_at_the_top(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_stay_short(module):
     source = MODULES[module].read_text(encoding="utf-8")
-    most = 1000 if module == "deploy.bundle_runner.run" else 600  # it goes to devices as one file that needs no other
+    most = 1800 if module == "deploy.bundle_runner.run" else 600  # it goes to devices as one file that needs no other
     assert source.count("\n") <= most, f"{module} has {source.count(chr(10))} lines"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -15,9 +15,12 @@ this same file, here and on a device: there is one way of measuring. Settings ar
 from __future__ import annotations
 
 import argparse
+import codecs
 import hashlib
+import heapq
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -25,8 +28,11 @@ import statistics
 import sys
 import threading
 import time
+import unicodedata
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +57,11 @@ COLD = "the device offers no temperature in hwmon or thermal zones"
 AFFINITIES = "session.intra_op_thread_affinities"  # the runtime refuses any other count of places than of threads
 # A counter of energy moves every millisecond, a battery's gauge every second or so: of less time they tell nothing.
 SHORTEST_S = {"rapl": 0.05, "battery": 5.0}
+
+# Unicode's white space, and the characters that belong to words without being letters, marks or digits
+SPACES = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))
+CIRCLED = (range(0x24B6, 0x24EA), range(0x1F130, 0x1F14A), range(0x1F150, 0x1F16A), range(0x1F170, 0x1F18A))
+JOINERS = frozenset("\u200c\u200d" + "".join(chr(code) for codes in CIRCLED for code in codes))
 
 
 class Fault(Exception):
@@ -319,7 +330,7 @@ class Runner:
         og = runtime(info)
         config_file = read_json(folder / GENAI_CONFIG)
         model = config_file["model"]
-        ends, self.og, self.settings, self.folder = model.get("eos_token_id"), og, settings, folder
+        ends, self.og, self.settings, self.folder, self.info = model.get("eos_token_id"), og, settings, folder, info
         self.ends, self.endless = frozenset(ends if isinstance(ends, list) else [ends]), endless
         self.context, self.vocabulary = int(model["context_length"]), int(model["vocab_size"])
         sizes = ("num_hidden_layers", "num_key_value_heads", "head_size")
@@ -453,40 +464,797 @@ class Opened:
 
     og: Any
     folder: Path
+    info: dict[str, Any]
 
 
 class Text:
-    """Text to token ids and back, as the model was trained to see it."""
+    """Text to token ids and back, as the model was trained to see it, by what ``text`` of bundle.json says."""
 
     def __init__(self, runner: Runner | Opened) -> None:
-        self.tokenizer = runner.og.Tokenizer(str(runner.folder))
+        self.og, self.folder = runner.og, runner.folder
+        plan = runner.info.get("text") or {}
+        self.plan: dict[str, Any] = plan
         settings = runner.folder / "tokenizer_config.json"
         bos = read_json(settings).get("bos_token") if settings.is_file() else None
         self.bos = bos.get("content") if isinstance(bos, dict) else bos
+        self.tokens = Tokens(plan, runner.folder, self._runtime_ids) if "cut" in plan else None
+        trees, variables = plan.get("templates", {}), plan.get("variables", {})
+        self.template = Template(trees["default"], variables) if "default" in trees else None
+        self.with_tools = Template(trees["tool_use"], variables) if "tool_use" in trees else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The runtime's own."""
+        return self.og.Tokenizer(str(self.folder))
+
+    def _runtime_ids(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer.encode(text)]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone."""
+        return self.tokens.ids(text) if self.tokens else self._runtime_ids(text)
 
     def raw(self, text: str) -> list[int]:
         """Token ids of a text to be continued: the token that begins a text, where there is one, and the text."""
-        ids = [int(i) for i in self.tokenizer.encode(text)]
-        start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
+        ids = [*self.plan.get("before", []), *self.ids(text), *self.plan.get("after", [])]
+        if "bos" in self.plan:
+            start = [] if self.plan["bos"] is None else [int(self.plan["bos"])]
+        else:  # an older bundle
+            start = [] if self.bos is None else [int(self.tokenizer.to_token_id(self.bos))]
         return ids if ids[:1] == start else start + ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, as it comes token by token."""
-        stream = self.tokenizer.create_stream()  # part of a character adds no text yet
-        return "".join(stream.decode(token) for token in ids)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of a conversation up to the place where the model answers; ``tools`` as the template takes them.
 
-        Raises Fault when the bundle has no chat template, or one that the runtime cannot render.
+        Raises Fault when the bundle has no chat template, or one that cannot be rendered.
         """
+        return self.ids(self.rendered(messages, tools))
+
+    def rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> str:
+        """The text of a conversation, as `chat`."""
+        if not messages:
+            raise Fault("the conversation is empty; the chat template needs a message")
+        known = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if self.template:
+            told = None if tools is None else list(tools)
+            template = self.template if told is None else self.with_tools or self.template
+            given = {"messages": [_with_reasoning(message) for message in known], "tools": told, "documents": None}
+            return template.render({**given, "add_generation_prompt": True})
         try:
             more = {} if tools is None else {"tools": json.dumps(list(tools))}
-            text = self.tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True, **more)
+            found = self.tokenizer.apply_chat_template(json.dumps(known), add_generation_prompt=True, **more)
         except RuntimeError as error:
             got = f"the bundle has no chat template that the runtime can render ({str(error)[:200]})"
             raise Fault(f"{got}. Use --raw, which gives the text as it is") from error
-        return [int(i) for i in self.tokenizer.encode(text)]
+        return str(found)
+
+    def stream(self) -> Any:
+        """What gives the text of tokens one by one by ``decode(token)``; part of a character adds no text yet."""
+        if "decode" in self.plan:
+            return Stream(self.plan["decode"], self.folder)
+        return self.tokenizer.create_stream()
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose thoughts stand under every name that templates know."""
+    found = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
+class Stream:
+    """Text of token ids as they come, where the runtime's own is another than the tokenizer's."""
+
+    def __init__(self, plan: dict[str, Any], folder: Path) -> None:
+        data = read_json(folder / "tokenizer.json")
+        self.words = {index: word for word, index in data["model"]["vocab"].items()}
+        self.added = {token["id"]: "" if token.get("special") else token["content"] for token in data["added_tokens"]}
+        self.bytes = {char: byte for byte, char in enumerate(byte_alphabet())} if plan["byte_level"] else None
+        self.mark, self.strip = plan.get("mark", ""), bool(plan.get("strip"))
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def decode(self, token: int) -> str:
+        """The text that ``token`` adds; special tokens add none."""
+        if token in self.added:
+            piece = self.added[token].encode()
+        elif self.bytes is not None:
+            piece = b"".join(
+                bytes([self.bytes[char]]) if char in self.bytes else char.encode() for char in self.words.get(token, "")
+            )
+        else:
+            word = self.words.get(token, "")
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", word)
+            piece = bytes([int(byte[1], 16)]) if byte else word.replace(self.mark or " ", " ").encode()
+        if self.strip and piece:
+            piece, self.strip = piece.removeprefix(b" "), False
+        return self.decoder.decode(piece)
+
+
+class Tokens:
+    """Text to token ids as ``text`` of bundle.json says: what the runtime's tokenizer does not do is done here.
+
+    Added tokens are found first, the rest is normalised and cut, by the runtime where ``cut`` is "runtime", else
+    here, by byte-pair merges of tokenizer.json: as the library ``tokenizers`` does it.
+    """
+
+    def __init__(self, plan: dict[str, Any], folder: Path, encode: Callable[[str], Sequence[int]]) -> None:
+        self.plan, self.folder, self.runtime = plan, folder, encode
+        self.classes = {name: str(ranges) for name, ranges in plan.get("classes", {}).items()}
+        added = plan.get("added", [])
+        self.plain = Finder([token for token in added if "normalized" not in token])
+        self.normal = Finder([{**token, "content": token["normalized"]} for token in added if "normalized" in token])
+        self.any = Finder([{"content": token["content"], "id": token["id"]} for token in added])
+        self.merges: Merges | None = None
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone, without what is put around a text."""
+        found: list[int] = []
+        for start, piece, token in self.plain.split(text):
+            if token is not None:
+                found.append(token)
+                continue
+            first = start == 0 and not self.shortened(piece)
+            for at, part, inner in self.normal.split(self.normalised(piece, self.plan.get("normalizer", []))):
+                found += [inner] if inner is not None else self.cut(part, first=first and at == 0)
+        return found
+
+    def shortened(self, piece: str) -> bool:
+        """Whether normalising takes the beginning of ``piece`` away."""
+        strips = [step for step in self.plan.get("normalizer", []) if step["type"] == "Strip" and step["left"]]
+        return bool(strips) and piece[:1] in SPACES
+
+    def cut(self, part: str, *, first: bool) -> list[int]:
+        """Token ids of a normalised text without added tokens; ``first``: it begins the whole text."""
+        if not part:
+            return []
+        if self.plan["cut"] == "runtime" and not any(token is not None for _, _, token in self.any.split(part)):
+            return list(self.runtime(part))
+        if "pre" not in self.plan:
+            raise Fault(f"the text holds {part[:40]!r}, which this bundle's tokenizer cannot cut. Leave it out")
+        if self.merges is None:
+            self.merges = Merges(self.folder / "tokenizer.json", byte_level=self.plan["byte_level"])
+        words = [part]
+        for step in self.plan["pre"]:
+            words = [word for piece in words for word in self.step(step, piece, first=first and piece is words[0])]
+        return [token for word in words if word for token in self.merges.ids(word)]
+
+    def pattern(self, text: str) -> re.Pattern[str]:
+        """A pattern whose named classes are filled in."""
+        return re.compile(re.sub(r"⟦(.*?)⟧", lambda name: self.classes[name[1]], text))
+
+    def normalised(self, text: str, steps: Sequence[dict[str, Any]]) -> str:
+        """``text`` after the normalizer's steps."""
+        for step in steps:
+            kind = step["type"]
+            if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+                text = unicodedata.normalize(kind, text)
+            elif kind == "Lowercase":
+                text = "".join(char.lower() for char in text)  # one by one: a sigma at the end stays as the others
+            elif kind == "StripAccents":
+                text = "".join(char for char in text if unicodedata.category(char)[0] != "M")
+            elif kind == "Strip":
+                text = text.lstrip("".join(SPACES)) if step["left"] else text
+                text = text.rstrip("".join(SPACES)) if step["right"] else text
+            elif kind == "Prepend":
+                text = step["text"] + text if text else text
+            elif kind == "Replace":
+                new, pattern = step["text"], step["pattern"]
+                text = self.pattern(pattern).sub(lambda _, new=new: new, text)  # type: ignore[misc]
+        return text
+
+    def step(self, step: dict[str, Any], piece: str, *, first: bool) -> list[str]:
+        """``piece`` after one step of the pre-tokenizer."""
+        if step["type"] == "Space":  # a blank before
+            return [piece if piece.startswith(" ") else " " + piece]
+        if step["type"] == "Mark":  # SentencePiece's mark for blanks
+            mark = step["text"]
+            piece = piece.replace(" ", mark)
+            before = step["scheme"] == "always" or (step["scheme"] == "first" and first)
+            return [mark + piece if before and not piece.startswith(mark) else piece]
+        return split(self.pattern(step["pattern"]), piece, step["behavior"], inverted=step["invert"])
+
+
+def split(pattern: re.Pattern[str], piece: str, behavior: str, *, inverted: bool) -> list[str]:
+    """``piece`` split at the matches of ``pattern``; ``behavior`` says where a match goes, empty parts are left out."""
+    parts: list[tuple[str, bool]] = []
+    at = 0
+    for match in pattern.finditer(piece):
+        if match.end() > match.start():
+            parts += [(piece[at : match.start()], inverted), (match[0], not inverted)]
+            at = match.end()
+    parts = [(part, hit) for part, hit in [*parts, (piece[at:], inverted)] if part]
+    if behavior == "Removed":
+        return [part for part, hit in parts if not hit]
+    found: list[str] = []
+    joins, before = False, False
+    for part, hit in parts:
+        if behavior == "Contiguous":
+            joins = bool(found) and hit == before
+        elif behavior == "MergedWithPrevious":
+            joins = bool(found) and hit and not before
+        elif behavior == "MergedWithNext":
+            joins = bool(found) and before and not hit
+        found[len(found) - joins :] = [found[-1] + part if joins else part]
+        before = hit
+    return found
+
+
+class Finder:
+    """Finds added tokens in a text: the leftmost, of these the longest."""
+
+    def __init__(self, tokens: Sequence[dict[str, Any]]) -> None:
+        self.tokens = {token["content"]: token for token in tokens if token["content"]}
+        names = sorted(self.tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, names))) if names else None
+
+    def split(self, text: str) -> list[tuple[int, str, int | None]]:
+        """(place, text, token id or None) of the parts of ``text``."""
+        found: list[tuple[int, str, int | None]] = []
+        at = 0
+        for match in self.pattern.finditer(text) if self.pattern else ():
+            token, (start, stop) = self.tokens[match[0]], match.span()
+            if token.get("single_word") and (_in_word(text[start - 1 : start]) or _in_word(text[stop : stop + 1])):
+                continue
+            while token.get("lstrip") and start > at and text[start - 1] in SPACES:
+                start -= 1
+            while token.get("rstrip") and stop < len(text) and text[stop] in SPACES:
+                stop += 1
+            if at < start:
+                found.append((at, text[at:start], None))
+            found.append((start, text[start:stop], int(token["id"])))
+            at = stop
+        return [*found, (at, text[at:], None)] if at < len(text) else found
+
+
+def _in_word(char: str) -> bool:
+    """Whether ``char`` is one of Unicode's word characters; no character is none."""
+    kind = unicodedata.category(char) if char else ""
+    return kind[:1] in ("L", "M") or kind in ("Nd", "Nl", "Pc") or char in JOINERS
+
+
+class Merges:
+    """Byte-pair encoding of words by the merges of a tokenizer.json."""
+
+    def __init__(self, path: Path, *, byte_level: bool) -> None:
+        model = read_json(path)["model"]
+        self.vocabulary: dict[str, int] = model["vocab"]
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+        number = self.vocabulary.__getitem__
+        self.ranks = {(number(a), number(b)): (rank, number(a + b)) for rank, (a, b) in enumerate(pairs)}
+        self.whole, self.fallback = bool(model.get("ignore_merges")), bool(model.get("byte_fallback"))
+        self.unknown: int | None = self.vocabulary.get(model.get("unk_token") or "")
+        self.fuse, self.known = bool(model.get("fuse_unk")), {}  # type: tuple[bool, dict[str, list[int]]]
+        self.alphabet = byte_alphabet() if byte_level else None
+
+    def ids(self, word: str) -> list[int]:
+        """Token ids of ``word``, of which no merge crosses the ends."""
+        if self.alphabet:
+            word = "".join(self.alphabet[byte] for byte in word.encode("utf-8", "surrogatepass"))
+        if word not in self.known:
+            if len(self.known) > 10_000:  # texts without end must not fill the memory
+                self.known.clear()
+            whole = self.vocabulary.get(word) if self.whole else None
+            self.known[word] = [whole] if whole is not None else self.merged(self.symbols(word))
+        return self.known[word]
+
+    def symbols(self, word: str) -> list[int]:
+        """The characters of ``word`` as tokens; one that is none becomes bytes or the unknown token."""
+        found: list[int] = []
+        unknown = 0
+        for char in word:
+            spelled = [self.vocabulary.get(f"<0x{byte:02X}>") for byte in char.encode("utf-8")] if self.fallback else []
+            if (token := self.vocabulary.get(char)) is not None:
+                found += [self.unknown or 0] * unknown + [token]
+                unknown = 0
+            elif spelled and None not in spelled:
+                found += [byte for byte in spelled if byte is not None]
+            elif self.unknown is not None:
+                unknown = 1 if self.fuse else unknown + 1
+        return found + [self.unknown or 0] * unknown
+
+    def merged(self, symbols: list[int]) -> list[int]:
+        """``symbols`` after all merges: the lowest rank first, of equal ones the leftmost."""
+        after = [*range(1, len(symbols)), -1]
+        before = list(range(-1, len(symbols) - 1))
+        gone = [False] * len(symbols)
+        heap: list[tuple[int, int, int]] = []
+
+        def offer(at: int) -> None:
+            if at >= 0 and after[at] >= 0 and (pair := self.ranks.get((symbols[at], symbols[after[at]]))):
+                heapq.heappush(heap, (pair[0], at, pair[1]))
+
+        for at in range(len(symbols)):
+            offer(at)
+        while heap:
+            rank, at, token = heapq.heappop(heap)
+            right = after[at]
+            if gone[at] or right < 0 or self.ranks.get((symbols[at], symbols[right])) != (rank, token):
+                continue
+            symbols[at], gone[right], after[at] = token, True, after[right]
+            if after[at] >= 0:
+                before[after[at]] = at
+            offer(at)
+            offer(before[at])
+        return [token for at, token in enumerate(symbols) if not gone[at]]
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+Scope = ChainMap[str, Any]
+
+
+class Undefined:
+    """A name or key of a template that is not there: empty when shown, and an error when anything is done with it."""
+
+    def __init__(self, name: object = "") -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Undefined)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Namespace(dict[str, Any]):
+    """Jinja's ``namespace()``, the one value that a loop's body can change for those outside."""
+
+
+class Loop:
+    """``loop`` within a for."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values, self.length, self.index0 = values, len(values), 0
+
+    def facts(self, name: str) -> Any:
+        """One of the attributes of ``loop``."""
+        at, most = self.index0, self.length
+        if name in ("previtem", "nextitem"):
+            there = at - 1 if name == "previtem" else at + 1
+            return self.values[there] if 0 <= there < most else Undefined(name)
+        found = {"index": at + 1, "index0": at, "first": at == 0, "last": at == most - 1, "length": most, "depth": 1}
+        found |= {"revindex": most - at, "revindex0": most - at - 1, "depth0": 0}
+        return (lambda *given: given[at % len(given)]) if name == "cycle" else found.get(name, Undefined(name))
+
+
+class LoopEnd(Exception):
+    """A ``break`` (``goes_on`` false) or ``continue`` of a template."""
+
+    def __init__(self, *, goes_on: bool) -> None:
+        super().__init__()
+        self.goes_on = goes_on
+
+
+def _join(values: Any, between: str = "", attribute: str | int | None = None) -> str:
+    found = values if attribute is None else [at_path(value, attribute) for value in values]
+    return str(between).join(shown(value) for value in found)
+
+
+def _title(text: Any) -> str:
+    return "".join(part[0].upper() + part[1:].lower() for part in re.split(r"([-\s({\[<]+)", shown(text)) if part)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    pad = width if isinstance(width, str) else " " * width
+    head, *rest = (text + "\n").splitlines() or [""]
+    rest = [pad + line if line or blank else line for line in rest]
+    return "\n".join([(pad if first else "") + head, *rest])
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+             separators: Any = None, sort_keys: bool = False) -> str:  # fmt: skip
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _number_of(value: Any, default: Any, kind: Callable[[Any], Any]) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        try:
+            return kind(float(value))
+        except (TypeError, ValueError, OverflowError):
+            return default
+
+
+def _order(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _sorted(values: Any, reverse: bool = False, case_sensitive: bool = False,
+            attribute: str | None = None) -> list[Any]:  # fmt: skip
+    def key(value: Any) -> Any:
+        found = value if attribute is None else at_path(value, attribute)
+        return found if case_sensitive else _order(found)
+
+    return sorted(values, key=key, reverse=reverse)
+
+
+def _unique(values: Any) -> list[Any]:
+    seen: list[Any] = []
+    return [value for value in values if _order(value) not in seen and not seen.append(_order(value))]  # type: ignore[func-returns-value]
+
+
+def _default(value: Any, other: Any = "", boolean: bool = False) -> Any:
+    return other if isinstance(value, Undefined) or (boolean and not value) else value
+
+
+def shown(value: Any) -> str:
+    """A value as a template writes it."""
+    return value if isinstance(value, str) else str(value)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "abs": abs,
+    "capitalize": lambda text: shown(text).capitalize(),
+    "count": len,
+    "d": _default,
+    "default": _default,
+    "dictsort": lambda value, case_sensitive=False: sorted(
+        value.items(), key=lambda pair: pair[0] if case_sensitive else _order(pair[0])
+    ),
+    "first": lambda values: next(iter(values), Undefined("first")),
+    "float": lambda value, default=0.0: _number_of(value, default, float),
+    "indent": _indent,
+    "int": lambda value, default=0: _number_of(value, default, int),
+    "items": lambda value: list(value.items()) if isinstance(value, dict) else [],
+    "join": _join,
+    "last": lambda values: next(iter(list(values)[::-1]), Undefined("last")),
+    "length": len,
+    "list": list,
+    "lower": lambda text: shown(text).lower(),
+    "max": max,
+    "min": min,
+    "replace": lambda text, old, new, count=-1: shown(text).replace(shown(old), shown(new), count),
+    "reverse": lambda value: value[::-1] if isinstance(value, str) else list(value)[::-1],
+    "safe": shown,  # the export lets it through only where it is the last filter of what is written
+    "sort": _sorted,
+    "string": shown,
+    "sum": sum,
+    "title": _title,
+    "tojson": _to_json,
+    "trim": lambda text, chars=None: shown(text).strip(chars),
+    "unique": _unique,
+    "upper": lambda text: shown(text).upper(),
+}
+COMPARED: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "lteq": operator.le,
+    "gt": operator.gt,
+    "gteq": operator.ge,
+    "in": lambda value, where: value in where,
+    "notin": lambda value, where: value not in where,
+}
+TESTS: dict[str, Callable[..., Any]] = {
+    "boolean": lambda value: isinstance(value, bool),
+    "callable": callable,
+    "defined": lambda value: not isinstance(value, Undefined),
+    "divisibleby": lambda value, by: value % by == 0,
+    "even": lambda value: value % 2 == 0,
+    "false": lambda value: value is False,
+    "float": lambda value: isinstance(value, float),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "iterable": lambda value: isinstance(value, str | list | tuple | dict | range | Undefined),
+    "lower": lambda value: shown(value).islower(),
+    "mapping": lambda value: isinstance(value, dict) and not isinstance(value, Namespace),
+    "none": lambda value: value is None,
+    "number": lambda value: isinstance(value, int | float),
+    "odd": lambda value: value % 2 == 1,
+    "sameas": operator.is_,
+    "sequence": lambda value: isinstance(value, str | list | tuple | dict | range | Undefined),
+    "string": lambda value: isinstance(value, str),
+    "true": lambda value: value is True,
+    "undefined": lambda value: isinstance(value, Undefined),
+    "upper": lambda value: shown(value).isupper(),
+    **dict.fromkeys(("eq", "equalto", "=="), COMPARED["eq"]),
+    **dict.fromkeys(("ne", "!="), COMPARED["ne"]),
+    **dict.fromkeys(("lt", "lessthan", "<"), COMPARED["lt"]),
+    **dict.fromkeys(("le", "<="), COMPARED["lteq"]),
+    **dict.fromkeys(("gt", "greaterthan", ">"), COMPARED["gt"]),
+    **dict.fromkeys(("ge", ">="), COMPARED["gteq"]),
+    "in": COMPARED["in"],
+}
+ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": operator.truediv,
+    "FloorDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "Pow": operator.pow,
+}
+# what a template may call of a value; none of it changes anything
+METHODS: dict[type, frozenset[str]] = {
+    str: frozenset(
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
+        "isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex "
+        "rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill".split()
+    ),
+    dict: frozenset(("copy", "get", "items", "keys", "values")),
+    list: frozenset(("copy", "count", "index")),
+    tuple: frozenset(("count", "index")),
+}
+
+
+def _raise(message: Any) -> Any:
+    raise Fault(f"the chat template refuses the messages: {shown(message)[:300]}")
+
+
+GLOBALS: dict[str, Any] = {
+    "raise_exception": _raise,
+    "strftime_now": time.strftime,
+    "namespace": Namespace,
+    "dict": dict,
+    "range": range,
+}
+
+
+class Template:
+    """A chat template as the export wrote it down: a tree of lists, each a kind and its parts, that is walked here."""
+
+    def __init__(self, tree: Sequence[Any], variables: dict[str, Any]) -> None:
+        self.tree, self.variables = tree, variables
+
+    def render(self, given: dict[str, Any]) -> str:
+        """The text; Fault where the template refuses what it is given."""
+        try:
+            return self.text(self.tree[1], ChainMap({}, {**GLOBALS, **self.variables, **given}))
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise Fault(f"the chat template cannot render the messages: {str(error)[:300]}") from error
+
+    # Statements write into the list of texts ``out``; the parts of each are those of Jinja's node of that name.
+
+    def block(self, nodes: Sequence[Any], scope: Scope, out: list[str]) -> None:
+        """Statements one after the other; what they set stays in ``scope``."""
+        for kind, *parts in nodes:
+            getattr(self, f"do_{kind}")(scope, out, *parts)
+
+    def text(self, nodes: Sequence[Any], scope: Scope) -> str:
+        """What statements write."""
+        out: list[str] = []
+        self.block(nodes, scope, out)
+        return "".join(out)
+
+    def do_Output(self, scope: Scope, out: list[str], nodes: list[Any]) -> None:
+        out += [shown(value) for value in self.values(nodes, scope)]
+
+    def do_If(self, scope: Scope, out: list[str], test: Any, body: Any, others: list[Any], last: list[Any]) -> None:
+        for condition, chosen in [(test, body), *((other[1], other[2]) for other in others)]:
+            if self.value(condition, scope):
+                self.block(chosen, scope, out)
+                return
+        self.block(last, scope, out)
+
+    def do_For(self, scope: Scope, out: list[str], target: Any, values: Any, body: list[Any], last: list[Any],
+               test: Any, _recursive: bool) -> None:  # fmt: skip
+        def inner(value: Any) -> Scope:
+            found = scope.new_child()
+            self.set(target, value, found)
+            return found
+
+        found = [value for value in self.value(values, scope) if test is None or self.value(test, inner(value))]
+        loop = Loop(found)
+        for loop.index0, value in enumerate(found):
+            within = inner(value)
+            within["loop"] = loop
+            try:
+                self.block(body, within, out)
+            except LoopEnd as end:
+                if not end.goes_on:
+                    break
+        if not found:
+            self.block(last, scope.new_child(), out)
+
+    def do_Break(self, _scope: Scope, _out: list[str]) -> None:
+        raise LoopEnd(goes_on=False)
+
+    def do_Continue(self, _scope: Scope, _out: list[str]) -> None:
+        raise LoopEnd(goes_on=True)
+
+    def do_Assign(self, scope: Scope, _out: list[str], target: Any, node: Any) -> None:
+        self.set(target, self.value(node, scope), scope)
+
+    def do_AssignBlock(self, scope: Scope, _out: list[str], target: Any, filtered: Any, body: list[Any]) -> None:
+        text = self.text(body, scope.new_child())
+        self.set(target, text if filtered is None else self.of_Filter(scope, text, *filtered[2:]), scope)
+
+    def do_FilterBlock(self, scope: Scope, out: list[str], body: list[Any], filtered: Any) -> None:
+        out.append(shown(self.of_Filter(scope, self.text(body, scope.new_child()), *filtered[2:])))
+
+    def do_Scope(self, scope: Scope, out: list[str], body: list[Any]) -> None:
+        self.block(body, scope.new_child(), out)
+
+    def do_With(self, scope: Scope, out: list[str], targets: list[Any], values: list[Any], body: list[Any]) -> None:
+        found, within = self.values(values, scope), scope.new_child()
+        for target, value in zip(targets, found, strict=True):
+            self.set(target, value, within)
+        self.block(body, within, out)
+
+    def do_Macro(self, scope: Scope, _out: list[str], name: str, args: Any, defaults: Any, body: Any) -> None:
+        scope[name] = self.macro(scope, args, defaults, body)
+
+    def do_CallBlock(self, scope: Scope, out: list[str], call: Any, args: Any, defaults: Any, body: Any) -> None:
+        function, given, named = self.called(scope, *call[1:4])
+        out.append(shown(function(*given, **named, caller=self.macro(scope, args, defaults, body))))
+
+    def macro(self, scope: Scope, args: list[Any], defaults: list[Any], body: list[Any]) -> Callable[..., str]:
+        """A function that gives the text of ``body``."""
+        names = [arg[1] for arg in args]
+
+        def call(*given: Any, **named: Any) -> str:
+            within = scope.new_child(dict.fromkeys(names, Undefined()))
+            known = {**dict(zip(names, given, strict=False)), **named}
+            if len(given) > len(names) or set(known) - {*names, "caller"}:
+                raise Fault("the chat template gives a macro what it does not take")
+            for name, default in zip(names[len(names) - len(defaults) :], defaults, strict=True):
+                within[name] = known[name] if name in known else self.value(default, within)
+            within.update(known)
+            return self.text(body, within)
+
+        return call
+
+    def set(self, target: Any, value: Any, scope: Scope) -> None:
+        """Give ``value`` to a name, to an entry of a namespace, or to several names."""
+        if target[0] == "Tuple":
+            for part, item in zip(target[1], value, strict=True):
+                self.set(part, item, scope)
+        elif target[0] == "NSRef":
+            if not isinstance(holder := scope[target[1]], Namespace):
+                raise Fault(f"the chat template sets {target[1]}.{target[2]}, and {target[1]} is no namespace")
+            holder[target[2]] = value
+        else:
+            scope[target[1]] = value
+
+    # Expressions.
+
+    def value(self, node: Any, scope: Scope) -> Any:
+        """The value of an expression; None for no expression. A text stands for itself."""
+        if node is None or isinstance(node, str):
+            return node
+        if node[0] in ARITHMETIC:
+            return ARITHMETIC[node[0]](self.value(node[1], scope), self.value(node[2], scope))
+        return getattr(self, f"of_{node[0]}")(scope, *node[1:])
+
+    def values(self, nodes: Sequence[Any], scope: Scope) -> list[Any]:
+        """The values of expressions."""
+        return [self.value(node, scope) for node in nodes]
+
+    def of_TemplateData(self, _scope: Scope, data: str) -> str:
+        return data
+
+    def of_Const(self, _scope: Scope, value: Any) -> Any:
+        return value
+
+    def of_Name(self, scope: Scope, name: str) -> Any:
+        return scope.get(name, Undefined(name))
+
+    def of_List(self, scope: Scope, items: list[Any]) -> list[Any]:
+        return self.values(items, scope)
+
+    def of_Tuple(self, scope: Scope, items: list[Any]) -> tuple[Any, ...]:
+        return tuple(self.values(items, scope))
+
+    def of_Dict(self, scope: Scope, pairs: list[Any]) -> dict[Any, Any]:
+        return {self.value(key, scope): self.value(value, scope) for _, key, value in pairs}
+
+    def of_CondExpr(self, scope: Scope, test: Any, first: Any, other: Any) -> Any:
+        if self.value(test, scope):
+            return self.value(first, scope)
+        return Undefined() if other is None else self.value(other, scope)
+
+    def of_Not(self, scope: Scope, node: Any) -> bool:
+        return not self.value(node, scope)
+
+    def of_Neg(self, scope: Scope, node: Any) -> Any:
+        return -self.value(node, scope)
+
+    def of_Pos(self, scope: Scope, node: Any) -> Any:
+        return +self.value(node, scope)
+
+    def of_And(self, scope: Scope, left: Any, right: Any) -> Any:
+        return self.value(left, scope) and self.value(right, scope)
+
+    def of_Or(self, scope: Scope, left: Any, right: Any) -> Any:
+        return self.value(left, scope) or self.value(right, scope)
+
+    def of_Concat(self, scope: Scope, nodes: list[Any]) -> str:
+        return "".join(shown(value) for value in self.values(nodes, scope))
+
+    def of_Compare(self, scope: Scope, first: Any, others: list[Any]) -> Any:
+        left, found = self.value(first, scope), True
+        for _, kind, node in others:
+            right = self.value(node, scope)
+            if not (found := COMPARED[kind](left, right)):
+                break
+            left = right
+        return found
+
+    def of_Slice(self, scope: Scope, *parts: Any) -> slice:
+        return slice(*self.values(parts, scope))
+
+    def of_Getitem(self, scope: Scope, node: Any, key: Any) -> Any:
+        return item(self.value(node, scope), self.value(key, scope))
+
+    def of_Getattr(self, scope: Scope, node: Any, name: str) -> Any:
+        return attribute(self.value(node, scope), name)
+
+    def called(self, scope: Scope, node: Any, args: list[Any], named: list[Any]) -> tuple[Any, list[Any], Any]:
+        """What is called, with what."""
+        return self.value(node, scope), self.values(args, scope), self.named(named, scope)
+
+    def named(self, nodes: list[Any], scope: Scope) -> dict[str, Any]:
+        """Arguments by name."""
+        return {key: self.value(value, scope) for _, key, value in nodes}
+
+    def of_Call(self, scope: Scope, node: Any, args: list[Any], named: list[Any]) -> Any:
+        function, given, by_name = self.called(scope, node, args, named)
+        return function(*given, **by_name)
+
+    def of_Test(self, scope: Scope, node: Any, name: str, args: list[Any], named: list[Any]) -> bool:
+        return bool(TESTS[name](self.value(node, scope), *self.values(args, scope), **self.named(named, scope)))
+
+    def of_Filter(self, scope: Scope, node: Any, name: str, args: list[Any], named: list[Any]) -> Any:
+        value, given, by_name = self.value(node, scope), self.values(args, scope), self.named(named, scope)
+        if name == "map" and "attribute" in by_name:
+            default = by_name.get("default", Undefined())
+            found = [at_path(one, by_name["attribute"]) for one in value]
+            return [default if isinstance(one, Undefined) else one for one in found]
+        if name == "map":
+            return [FILTERS[given[0]](one, *given[1:], **by_name) for one in value]
+        if name in ("select", "reject", "selectattr", "rejectattr"):
+            path = [given.pop(0)] if name.endswith("attr") else []
+            test = TESTS[given[0]] if given else bool
+            wanted = name.startswith("select")
+            return [one for one in value if bool(test(at_path(one, *path), *given[1:])) is wanted]
+        return FILTERS[name](value, *given, **by_name)
+
+
+def at_path(value: Any, path: str | int = "") -> Any:
+    """What ``value`` holds at a path such as ``function.name``; itself for an empty one."""
+    for name in str(path).split(".") if path != "" else ():
+        value = item(value, int(name) if name.isdigit() else name)
+    return value
+
+
+def item(value: Any, key: Any) -> Any:
+    """``value[key]`` in a template, which may also be an attribute."""
+    if isinstance(value, Undefined):
+        raise Fault(f"the chat template asks for {key!r} of {value.name!r}, which is not there")
+    try:
+        if not isinstance(value, Loop | Undefined):
+            return value[key]
+    except (AttributeError, TypeError, LookupError):
+        pass
+    return attribute(value, key) if isinstance(key, str) and not isinstance(value, dict) else Undefined(key)
+
+
+def attribute(value: Any, name: str) -> Any:
+    """``value.name`` in a template: a method, else an entry; `Undefined` where there is none."""
+    if isinstance(value, Undefined):
+        raise Fault(f"the chat template asks for {name!r} of {value.name!r}, which is not there")
+    if isinstance(value, Loop):
+        return value.facts(name)
+    for kind, methods in METHODS.items():
+        if isinstance(value, kind) and name in methods and not isinstance(value, Namespace):
+            return getattr(value, name)
+    return value.get(name, Undefined(name)) if isinstance(value, dict) else Undefined(name)
 
 
 def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -494,7 +1262,7 @@ def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) 
     runner.check_room(ids)
     dialogue = Dialogue(runner)
     dialogue.read(ids, max_new_tokens)
-    stream = text.tokenizer.create_stream()  # part of a character adds no text yet
+    stream = text.stream()
     for token in dialogue.tokens(max_new_tokens):
         say(stream.decode(token))
 
@@ -519,7 +1287,7 @@ class Conversation:
                 raise Fault(f"the message has {len(ids)} tokens; at most {self.runner.context - room} fit")
             turns, forgotten = turns[2:], forgotten + 2  # the oldest question with its answer
         said: list[str] = []
-        stream = self.text.tokenizer.create_stream()
+        stream = self.text.stream()
         self.dialogue.read(ids, self.max_new_tokens)
         for token in self.dialogue.tokens(self.max_new_tokens):
             said.append(stream.decode(token))
@@ -569,9 +1337,14 @@ class Service:
     def __init__(self, folder: Path, info: dict[str, Any], settings: Settings) -> None:
         check_config(folder / GENAI_CONFIG)
         self.folder, self.info, self.settings = folder, info, settings
-        self.text = Text(Opened(runtime(info), folder))
+        self.text = Text(Opened(runtime(info), folder, info))
         self.runner: Runner | None = None
-        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"encode": self.encode, "answer": self.answer}
+        self.ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "encode": self.encode,
+            "decode": self.decode,
+            "render": self.render,
+            "answer": self.answer,
+        }
 
     def encode(self, request: dict[str, Any]) -> dict[str, Any]:
         """Token ids of a text or a conversation."""
@@ -590,10 +1363,19 @@ class Service:
         prompts = [self.encode(one)["ids"] for one in ([request] if several is None else several)]
         found = self.runner.answers(prompts, most)
         answers = [
-            {"prompt": prompt, "ids": ids, "text": self.text.decode(ids)}
+            {"prompt": prompt, "ids": ids, "text": self.decode({"ids": ids})["text"]}
             for prompt, ids in zip(prompts, found, strict=True)
         ]
         return answers[0] if several is None else {"answers": answers}
+
+    def decode(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The text of ``ids``, as it is said token by token: ``{"text": ...}``."""
+        stream = self.text.stream()
+        return {"text": "".join(stream.decode(int(token)) for token in request["ids"])}
+
+    def render(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The text of ``messages`` with ``tools``, before it is cut: ``{"text": ...}``."""
+        return {"text": self.text.rendered(request["messages"], request.get("tools"))}
 
     def reply(self, line: str) -> dict[str, Any]:
         """What is answered to a line; ``{"error": ...}`` where the request cannot be served."""

@@ -150,6 +150,63 @@ def test_a_conversation_keeps_its_turns_and_reads_only_what_is_new(
         assert chat.turns == messages
 
 
+def test_the_cache_is_as_long_as_what_is_asked_and_grows_by_doubling(
+    bundle: Path,
+    opened: tuple[run.Runner, run.Text],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runner, text = opened
+    sizes: list[int] = []
+    start = run.Runner.start
+
+    def watched(self: run.Runner, max_length: int, rows: int = 1) -> Any:
+        sizes.append(max_length)
+        return start(self, max_length, rows)
+
+    monkeypatch.setattr(run.Runner, "start", watched)
+    ids = text.raw("dim it")
+    run.answer(runner, text, ids, 4)
+    assert sizes == [len(ids) + 4]
+    chat, messages = run.Conversation(runner, text, [], 4), list[dict[str, str]]()
+    sizes.clear()
+    for at in range(6):
+        messages.append({"role": "user", "content": f"dim it {at}"})
+        before = len(text.chat(messages))
+        chat.ask(f"dim it {at}")
+        assert before + 4 <= sizes[-1] <= max(2 * (before + 4), 2 * sizes[0])
+        messages.append(chat.turns[-1])
+    assert sizes == sorted(set(sizes))
+    assert 1 < len(sizes) < 6, "not anew for every turn"
+    monkeypatch.setattr(run, "ROOM", 5)  # an answer that outgrows its cache goes on in a larger one
+    sizes.clear()
+    capsys.readouterr()
+    run.answer(runner, text, ids, 60)
+    assert sizes[0] < len(ids) + 60
+    assert capsys.readouterr().out == streamed(text, greedy(bundle, ids, 60))
+
+
+def test_answers_together_fill_no_more_memory_than_they_may(
+    opened: tuple[run.Runner, run.Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, text = opened
+    prompts = [text.raw(asked) for asked in ("dim it", "lock it", "dim it", ASK)]
+    whole = runner.answers(prompts, 6)
+    monkeypatch.setattr(run, "BATCH_BYTES", 2 * runner.position_bytes * (len(prompts[0]) + 6))
+    rows: list[int] = []
+    start = run.Runner.start
+
+    def watched(self: run.Runner, max_length: int, many: int = 1) -> Any:
+        rows.append(many)
+        return start(self, max_length, many)
+
+    monkeypatch.setattr(run.Runner, "start", watched)
+    assert runner.answers(prompts, 6) == whole
+    assert max(rows) <= 2
+    with pytest.raises(run.Fault, match=r"the prompt has 300 tokens; expected 1 to 255, the bundle's context"):
+        runner.answers([[5] * 300], 6)
+
+
 def test_a_full_context_forgets_the_oldest_turns(opened: tuple[run.Runner, run.Text]) -> None:
     runner, text = opened
     chat = run.Conversation(runner, text, [{"role": "system", "content": "be brief"}], 16)

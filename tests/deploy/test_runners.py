@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +86,20 @@ def test_a_broken_graph_is_refused_in_one_sentence(bundle: Path, tmp_path: Path)
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(ModelError, match="onnxruntime-genai cannot open it"):
         GenaiRunner(tmp_path, threads=1, verify=False)
+
+
+def test_reading_allocates_what_is_read(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime allocates the whole length that a generator is given, whatever is read."""
+    sizes: list[int] = []
+    start = GenaiRunner.start
+
+    def watched(self: GenaiRunner, max_length: int, *arguments: Any, **more: Any) -> Any:
+        sizes.append(max_length)
+        return start(self, max_length, *arguments, **more)
+
+    monkeypatch.setattr(GenaiRunner, "start", watched)
+    runner.logits([5, 6, 7])
+    runner.logits([5, 6, 7, 8], prefill=2)
+    runner.next_logits([5, 6])
+    runner.generate([[5, 6, 7]], 4, set())
+    assert sizes == [3, 4, 2, 7]

@@ -72,7 +72,7 @@ def test_a_context_longer_than_the_targets_is_cut(quantized: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"storage_bytes": 50_000}, r"target x86-laptop-avx2: the bundle needs about 9\d\.?\d* kB of storage"),
+        ({"storage_bytes": 50_000}, r"target x86-laptop-avx2: the bundle needs about \d+\.?\d* kB of storage"),
         ({"usable_memory_bytes": 30_000_000}, r"running the bundle needs about 69.* MB of memory.*at most 30 MB"),
         ({"formats": ["gptq"]}, r"target x86-laptop-avx2: format onnx; expected one of gptq"),
     ],
@@ -138,3 +138,20 @@ def test_parameters_out_of_range_are_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(value))):
         ExportParams(**value)
     assert math.isclose(ExportParams().parity_tolerance, 1e-3)
+
+
+def test_a_target_never_shortens_the_context_in_silence(quantized: Path, tmp_path: Path) -> None:
+    small = load_target("x86-laptop-avx2").model_copy(update={"context_tokens": 100})
+    for at, (target, params, said) in enumerate(
+        (
+            (small, {}, True),
+            (small, {"context_tokens": 64}, False),
+            (None, {}, False),
+            (small.model_copy(update={"context_tokens": 9999}), {}, False),
+        )
+    ):
+        ctx = context("deploy.export.bundle", tmp_path / str(at), inputs={"model": quantized}, target=target)
+        notes = export(ExportParams.model_validate({"parity_rows": 1, "parity_tokens": 8, **params}), ctx).notes
+        told = "the context is 100 tokens, as the target x86-laptop-avx2 says, and 256 by the model"
+        assert any(note.startswith(told) for note in notes) == said
+        assert any(note.startswith("keys and values of a whole context of ") for note in notes)
