@@ -22,6 +22,7 @@ import zstandard
 from compress.errors import ModelError, StoreError, UserError
 from compress.files import json_text, whole_file
 from compress.scratch import scratch
+from compress.store import check_outside
 from deploy.bundle import BUNDLE_FILE, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
@@ -54,6 +55,7 @@ def pack(folder: Path, out: Path, *, added: Mapping[str, Any] | None = None) -> 
         raise UserError(str(out), "another ending", f"a name that ends in {SUFFIX}")
     if out.exists():
         raise UserError(str(out), "is there already", do="Give another name with --out, or remove it first")
+    check_outside(out, [folder])
     taken = sorted(set(added or {}) & set(bundle.info))
     if taken:
         raise ModelError(str(folder / BUNDLE_FILE), f"has {', '.join(taken)} already")
