@@ -27,7 +27,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import interrupts
-from compress.errors import EdgestillError, GateFailed, UserError, safe_to_show
+from compress.errors import EdgestillError, GateFailed, UserError, printable, safe_to_show
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -144,11 +144,19 @@ def progress(quiet: bool = False) -> Progress:
     return Progress(quiet=quiet)
 
 
+def show(text: str) -> None:
+    """A line on standard output, without the control characters of what comes from a file or a device."""
+    print(printable(text))
+
+
 def show_json(value: Any) -> None:
-    """``value`` as JSON on standard output."""
+    """``value`` as JSON on standard output; control characters in it are escaped as JSON has it."""
     from compress.files import json_text
 
-    print(json_text(value, indent=1))
+    text = json_text(value, indent=1)
+    print(
+        "".join(sign if sign.isprintable() or sign == "\n" else json_text(sign, ascii_only=True)[1:-1] for sign in text)
+    )
 
 
 @app.command()
@@ -210,7 +218,7 @@ def plan(
 
         terminal.show_plan(rows, foretold.records(), terminal.console())
         for note in foretold.notes:
-            print(note)
+            show(note)
     foretold.refuse_misfit()
 
 
@@ -253,7 +261,7 @@ def step(
     )
     _show_result(result.metrics, result.notes, as_json=as_json)
     if not as_json:
-        print(f"wrote {out}")
+        show(f"wrote {out}")
     if line.writes == "verdict" and not result.metrics["passed"]:
         raise GateFailed("gate", "a limit is not kept", do=f"Each limit and what was measured: {out / 'verdict.json'}")
 
@@ -286,9 +294,9 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
 
     for name, value in metrics.items():
         shown = f"{value:z.6g}" if isinstance(value, float) else value
-        print(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
+        show(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
     for note in notes:
-        print(f"note: {safe_to_show(note)}")
+        show(f"note: {safe_to_show(note)}")
 
 
 class Backend(StrEnum):
@@ -334,7 +342,7 @@ def export(
     result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))
     _show_result(result.metrics, result.notes, as_json=as_json)
     if not as_json:
-        print(f"wrote {place}")
+        show(f"wrote {place}")
 
 
 @app.command()
@@ -410,9 +418,9 @@ def tune(
     terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
     if found.measured["load_average"] > doctor.cores():
         print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
-    print(f"wrote {found.folder if inside else place}")
+    show(f"wrote {found.folder if inside else place}")
     if inside:
-        print(f"note: this folder is the old one, which is gone; go to the new one with: cd {found.folder}")
+        show(f"note: this folder is the old one, which is gone; go to the new one with: cd {found.folder}")
 
 
 @app.command()
@@ -438,7 +446,7 @@ def pack(
         added = figures_of_run(run_record.read(find_run(run_name, open_store(store).root)), bundle)
     place = out or Path(bundle.resolve().name + SUFFIX)
     size = pack_bundle(bundle, place, added=added)
-    print(f"wrote {place} ({size:,} bytes)")
+    show(f"wrote {place} ({size:,} bytes)")
 
 
 @app.command("eval")
@@ -492,7 +500,7 @@ def show_target(name: Annotated[str, typer.Argument(help="A built-in target's na
     from deploy.targets import find_target, load_target
 
     load_target(name)
-    print(find_target(name).read_text(encoding="utf-8"), end="")
+    show(find_target(name).read_text(encoding="utf-8").removesuffix("\n"))
 
 
 @targets.command("measure")
@@ -505,8 +513,8 @@ def measure_target(
     from compress import listings
 
     place = out or Path(f"{name}.yaml")
-    print(listings.measured_target(name, place, threads), end="")
-    print(f"wrote {place}", file=sys.stderr)
+    show(listings.measured_target(name, place, threads).removesuffix("\n"))
+    print(printable(f"wrote {place}"), file=sys.stderr)
 
 
 class Listed(StrEnum):
@@ -552,7 +560,7 @@ def report(
     record = run_record.read(path)
     place = path.with_name("report.html")
     write_report(record, place)
-    print(place)
+    show(str(place))
 
 
 @app.command()

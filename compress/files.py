@@ -154,8 +154,10 @@ def plain_numbers(value: Any) -> Any:
     return [plain_numbers(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def json_text(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+def json_text(
+    value: Any, *, indent: int | None = None, ascii_only: bool = False, default: Callable[[Any], Any] | None = None
+) -> str:
     """``value`` as JSON with sorted keys that any reader takes: see `plain_numbers`; ``default`` as of json.dumps."""
     if default is not None:
         value = json.loads(json.dumps(value, default=default))  # what it gives may be no number either
-    return json.dumps(plain_numbers(value), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain_numbers(value), sort_keys=True, indent=indent, ensure_ascii=ascii_only, allow_nan=False)

@@ -198,15 +198,26 @@ def _as_rows(slot: str, path: Path, temporary: Path, notes: list[str]) -> Path:
     return folder
 
 
-def _check_out(out: Path, stage: Stage, inputs: Iterable[Path]) -> None:
+def check_new(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a folder to write that has something in it, or lies in one of ``inputs`` or in a store.
+
+    Raises:
+        UserError: it does.
+    """
     check_outside(out, inputs)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "is there already and not empty", do="Give another name, or remove it first.")
+
+
+def _check_out(out: Path, stage: Stage, inputs: Iterable[Path]) -> None:
     if out.suffix in ROW_FILES:
         if stage.writes != "data":
             raise UserError("--out", f"{out.name} is a file of rows; {stage.name} writes a {stage.writes}", "a folder")
         if out.exists():
             raise UserError(str(out), "is there already", do="Give another name, or remove it first.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "is there already and not empty", do="Give another name, or remove it first.")
+        check_outside(out, inputs)
+    else:
+        check_new(out, inputs)
 
 
 def _missing(stage: Stage, inputs: Mapping[str, Path]) -> None:

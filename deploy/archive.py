@@ -23,6 +23,7 @@ from compress.errors import ModelError, StoreError, UserError
 from compress.files import file_sha256, json_text, whole_file
 from compress.json_reader import read_table
 from compress.scratch import scratch
+from compress.store import check_outside
 from deploy.bundle import BUNDLE_FILE, check_info, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
@@ -56,6 +57,7 @@ def pack(folder: Path, out: Path, *, added: Mapping[str, Any] | None = None) -> 
         raise UserError(str(out), "another ending", f"a name that ends in {SUFFIX}")
     if out.exists():
         raise UserError(str(out), "is there already", do="Give another name with --out, or remove it first")
+    check_outside(out, [folder])
     taken = sorted(set(added or {}) & set(bundle.info))
     if taken:
         raise ModelError(str(folder / BUNDLE_FILE), f"has {', '.join(taken)} already")

@@ -1394,7 +1394,9 @@ def serve(service: Service) -> None:
 
 
 def say(text: str) -> None:
-    """Write ``text`` at once."""
+    """Write ``text`` at once; a terminal obeys no control character that a model made."""
+    if sys.stdout.isatty():
+        text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     print(text, end="", flush=True)
 
 
