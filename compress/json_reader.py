@@ -152,8 +152,8 @@ def required(
         fits = (least is None or value >= least) and value <= most
     if fits:
         return value  # type: ignore[return-value] # isinstance was asked
-    names = {str: "a text", dict: "an object", list: "a list", int: "a whole number", float: "a number"}
-    allowed = names.get(kind, kind.__name__)
+    names: dict[Any, str] = {str: "a text", dict: "an object", list: "a list", int: "a whole number", float: "a number"}
+    allowed = names.get(kind) or str(getattr(kind, "__name__", kind))
     if kind in (int, float) and least is not None:
         allowed += f" of at least {least}" if most == MAX_WHOLE else f" from {least} to {most}"
     got = f"no {key}" if key not in table else f"{key} is {shown(value)}"
@@ -169,7 +169,7 @@ def checked(kind: Any, value: Any, where: str, error: type[EdgestillError], *, d
     from pydantic import ValidationError  # takes a tenth of a second
 
     try:
-        if is_dataclass(kind):  # of Python values only an instance would do
+        if isinstance(kind, type) and is_dataclass(kind):  # of Python values only an instance would do
             _adapter(kind).validate_json(json.dumps(value), strict=True)
         else:
             _adapter(kind).validate_python(value, strict=True)
