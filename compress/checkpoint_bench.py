@@ -19,7 +19,6 @@ from typing import Any
 from compress.assessment_params import CheckpointBenchParams
 from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError
-from compress.json_reader import finite
 
 FILE = "bench.json"
 RUNTIME = "torch fp32"
@@ -55,8 +54,8 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EdgestillError(ctx.name, f"the measuring process failed: {lines[-1]}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # our own process
-    (ctx.out / FILE).write_text(json.dumps(finite(figures), sort_keys=True, indent=1) + "\n", encoding="utf-8")
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    (ctx.out / FILE).write_text(json.dumps(figures, sort_keys=True, indent=1) + "\n", encoding="utf-8")
     return StageResult(metrics=figures)
 
 

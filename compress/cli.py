@@ -7,7 +7,6 @@ the handlers, so that ``--help`` takes a fraction of a second. Holds no logic th
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import interrupts
-from compress.errors import EdgestillError, GateFailed, UserError, printable
+from compress.errors import EdgestillError, GateFailed, UserError
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -36,7 +35,7 @@ def debugging() -> bool:
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(f"edgestill: error: {printable(message)}", file=sys.stderr)
+    print(f"edgestill: error: {message}", file=sys.stderr)
 
 
 @contextmanager
@@ -117,9 +116,7 @@ def progress(quiet: bool = False) -> Progress:
 
 def show_json(value: Any) -> None:
     """``value`` as JSON on standard output."""
-    from compress.json_reader import finite
-
-    print(json.dumps(finite(value), indent=1, sort_keys=True, ensure_ascii=False))
+    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
 
 
 @app.command()
@@ -255,9 +252,9 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
         return
     for name, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
-        print(printable(f"{name}: {shown if isinstance(value, str | int | float) else json.dumps(value)}"))
+        print(f"{name}: {shown if isinstance(value, str | int | float) else json.dumps(value)}")
     for note in notes:
-        print(printable(f"note: {note}"))
+        print(f"note: {note}")
 
 
 class Backend(StrEnum):
@@ -541,9 +538,6 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point of the command."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no Unicode
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked workers do not mix
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from compress.model.distillation.parallel import as_launched  # loads torch

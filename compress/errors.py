@@ -41,11 +41,6 @@ class EdgestillError(Exception):
         return _rebuilt, (type(self), self.where, self.got, self.allowed, self.do)
 
 
-def printable(text: str) -> str:
-    """``text`` without what a terminal would obey: control characters of a server, a device or a file are escaped."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
 def _rebuilt(kind: type[EdgestillError], where: str, got: str, allowed: str, do: str) -> EdgestillError:
     error = kind.__new__(kind)
     EdgestillError.__init__(error, where, got, allowed, do)

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from compress.assessment_params import GateParams
 from compress.context import StageContext, StageResult
-from compress.json_reader import finite
 from compress.run_record import GateRecord, Ledger, LedgerEntry, LimitRecord
 from compress.scores import Scores, as_measure, difference, higher_is_better, measure, ratio, read_scores
 from evaluators.gate import Limit, LimitResult, Measured
@@ -130,5 +129,5 @@ def judge(params: GateParams, ctx: StageContext) -> StageResult:
         "most_lost": ledger["most_lost"],
     }
     metrics = {"ledger": ledger, "gate": gate}
-    (ctx.out / FILE).write_text(json.dumps(finite(metrics), sort_keys=True, indent=1) + "\n", encoding="utf-8")
+    (ctx.out / FILE).write_text(json.dumps(metrics, sort_keys=True, indent=1) + "\n", encoding="utf-8")
     return StageResult(metrics={"passed": verdict.passed, "limits": len(limits), "most_lost": ledger["most_lost"]})

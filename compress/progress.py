@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
-from compress.errors import printable
-
 T = TypeVar("T")
 LINE_EVERY_S = 10.0  # plain mode: one line per this many seconds, so that a log stays readable
 
@@ -47,7 +45,7 @@ class Progress:
         """Print one line, above any bar."""
         if not self.quiet:
             clear = "\r\x1b[2K" if self.terminal else ""
-            print(f"{clear}{self.prefix}{printable(text)}", file=self.stream, flush=True)
+            print(f"{clear}{self.prefix}{text}", file=self.stream, flush=True)
 
     def draw(self, bar: Bar, now: float, note: str) -> None:
         """Draw ``bar`` as it stands at ``now`` (seconds of ``time.monotonic``)."""

@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from compress.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -33,4 +32,6 @@ class Journal:
         """Keep ``value`` (JSON)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(number)
-        write_whole(path, json.dumps(value, ensure_ascii=False, sort_keys=True))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True), encoding="utf-8")
+        os.replace(temporary, path)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import TrainingError
-from compress.json_reader import finite, parse_json
 
 TRAINING_LOG = "training.jsonl"  # of a stage, in its work folder and in its artifact
 TIMED_REPORT = ("seconds", "tokens_per_s", "resumed_from")  # of a report: not the same in every run, so in no artifact
@@ -53,7 +52,7 @@ class TrainLog:
         if self.seconds > 0:
             entry[TIMED] = round(self.tokens / self.seconds, 1)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(entry), sort_keys=True, allow_nan=False) + "\n")
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.seconds, self.tokens = 0.0, 0
 
@@ -68,8 +67,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log; a kill may have cut the last one."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [parse_json(line, constants=True) for line in lines if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 class DivergenceGuard:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,8 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import StoreError
-from compress.files import settle, write_whole
-from compress.json_reader import parse_json
 
 logger = logging.getLogger(__name__)
 _VALUES = "values"  # the one metadata entry: JSON text
@@ -85,7 +84,9 @@ def save_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             _write(file, tensors, values, whole)
-        settle(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -122,7 +123,7 @@ def open_tensors(path: Path) -> SavedTensors | None:
         return None
     try:
         file: Any = safe_open(path, framework="pt")
-        values = parse_json((file.metadata() or {})[_VALUES], constants=True)
+        values = json.loads((file.metadata() or {})[_VALUES])
         outlines = {name: _outline(file.get_slice(name)) for name in file.offset_keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s is damaged and left aside (%s)", path, error)
@@ -143,9 +144,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON with sorted keys, atomically; raises StoreError as `save_tensors`."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(value, sort_keys=True, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, sort_keys=True, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
 

@@ -9,6 +9,7 @@ holds the codes, which the ONNX export uses. Knows nothing of calibration.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from compress.files import settle, write_whole
 from compress.model.checkpoint import METADATA_FILE, copy_tokenizer, write_json
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
@@ -155,13 +155,15 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, *, note: str |
     """
     partial = path.with_name(path.name + ".partial")
     save_file(dict(tensors), partial, metadata={"format": "pt"} if note is None else {"edgestill": note})
-    settle(partial, path)
+    os.replace(partial, path)
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
     """Write ``value`` under another name first, as `save_tensors` does; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(value))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
@@ -194,7 +196,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
                 file.seek(base + first)
                 for start in range(0, last - first, _COPY_BYTES):
                     out.write(file.read(min(_COPY_BYTES, last - first - start)))
-    settle(partial, path)
+    os.replace(partial, path)
 
 
 def _width(kind: str) -> int:
