@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 MAX_TEMPLATE = 256 << 10  # characters of a template
-MAX_SECONDS = 5.0  # of processor time for one conversation, which takes milliseconds
+MAX_SECONDS = 3.0  # of processor time for one conversation, which takes milliseconds
 MAX_SIZE = 4 << 20  # characters of a text; an entry of a list counts as `ENTRY` of them
 ENTRY = 8
 MAX_COUNT = 1 << 20  # of what a number may ask for: a width, a repetition

@@ -437,4 +437,4 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

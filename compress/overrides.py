@@ -19,6 +19,7 @@ from compress.yaml_reader import Document, KeyPath, Problem, dotted, read_yaml
 
 _KEY = re.compile(r"[^.\[\]=\s]+(\.[^.\[\]=\s]+|\[[^\[\]=\s]+\])*")
 _DIGITS = 9  # of an index
+_SHOWN = 200  # characters of an override in a message
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
 FORM = "KEY=VALUE such as seed=7 or steps[2].model.pruning.heads=4"
 
@@ -34,7 +35,7 @@ class Override:
     @property
     def origin(self) -> str:
         """What messages give as the place."""
-        return f"--set {self.text}"
+        return _origin(self.text)
 
 
 class _Wrong(Exception):
@@ -45,6 +46,11 @@ class _Wrong(Exception):
         self.got, self.allowed, self.do = got, allowed, do
 
 
+def _origin(text: str) -> str:
+    """What messages give as the place: the override, or the beginning of a long one."""
+    return f"--set {text if len(text) <= _SHOWN else text[:_SHOWN] + '…'}"
+
+
 def parse(text: str) -> Override:
     """Split ``KEY=VALUE`` and read VALUE as YAML.
 
@@ -52,9 +58,9 @@ def parse(text: str) -> Override:
         ProfileError: no ``=``, a key that is none, or a value that is not YAML.
     """
     key, equals, value = text.partition("=")
-    origin = f"--set {text}"
+    origin = _origin(text)
     if not equals or not _KEY.fullmatch(key):
-        raise ProfileError(origin, f"got {text!r}", FORM)
+        raise ProfileError(origin, f"got {text[:_SHOWN]!r}", FORM)
     tokens = tuple((match[1] or match[2], bool(match[1])) for match in _TOKEN.finditer(key))
     return Override(text, tokens, read_yaml(value, origin, origin=origin))
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress import processes
 from compress.context import StageContext, StageResult
@@ -40,6 +43,15 @@ class Spread:
     low: float
     median: float
     high: float
+
+
+class _Machine(TypedDict):
+    """Facts of the machine that are compared with a target's."""
+
+    cpu: str
+    cores: Annotated[int, Field(ge=1, le=1 << 20)]
+    system: Annotated[str, Field(pattern=r"\S")]
+    instruction_sets: list[str]
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ class BenchRecord:
             got = f"the runner's record has other fields: {', '.join(sorted(set(seen) ^ wanted))}"
             raise EdgestillError(f"bench {where}", got)
         checked(cls, {"where": where, **seen}, f"bench {where}", EdgestillError)
+        checked(_Machine, seen["machine"], f"bench {where}: machine", EdgestillError)
         spreads = {name: Spread(**seen[name]) for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s")}
         return cls(where=where, **(seen | spreads))
 

@@ -9,10 +9,10 @@ there. Imports no torch, so that a benchmark's memory is the runtime's.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,24 @@ from compress.json_reader import read_table, required
 from compress.scratch import scratch
 from deploy import huge_pages
 from deploy.bundle import check_safe, open_bundle, tuned
-from deploy.bundle_runner.run import NO_TOKEN, Settings
+from deploy.bundle_runner.run import NO_TOKEN, Fault, Settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_model_error(method: Callable[P, R]) -> Callable[P, R]:
+    """What the runtime raises while it works, for a configuration that does not fit the graph, as ModelError."""
+
+    @wraps(method)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except RuntimeError as error:
+            folder = args[0].folder if args and isinstance(args[0], GenaiRunner) else "bundle"
+            raise ModelError(str(folder), f"onnxruntime-genai cannot run it: {str(error)[:300]}") from error
+
+    return told
 
 
 class GenaiRunner:
@@ -60,8 +77,18 @@ class GenaiRunner:
         settings = required(configured, "model", dict, where, ModelError)
         for key in ("context_length", "vocab_size"):
             required(settings, key, int, where, ModelError, least=1, most=1 << 31)
+        for part in ("model.decoder.session_options", "search"):
+            table = configured
+            for name in part.split("."):
+                table = required({name: {}, **table}, name, dict, where, ModelError)
+        required({"pad_token_id": 0, **settings}, "pad_token_id", int | None, where, ModelError)  # type: ignore[arg-type]
+        entries = {**configured.get("search", {}), **(search or {})}
+        required({"chunk_size": 1, **entries}, "chunk_size", int | None, where, ModelError)  # type: ignore[arg-type]
         self.context, self.vocabulary = int(settings["context_length"]), int(settings["vocab_size"])
-        chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
+        try:
+            chosen = Settings.of({"tuned": tuned(folder)}, configured, threads)
+        except Fault as error:
+            raise ModelError(str(folder), str(error)) from error
         self.folder, self.batch_size, self.threads = folder, batch_size, chosen.threads
         self._chunk = int({**configured.get("search", {}), **(search or {})}.get("chunk_size") or self.context)
         entries = {**chosen.config_entries, **(session or {})}
@@ -93,6 +120,7 @@ class GenaiRunner:
             changed = every_position_copy(self.folder, temporary)
             return self._open(temporary) if changed else self.model
 
+    @_as_model_error
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
     ) -> list[list[int]]:
@@ -157,6 +185,7 @@ class GenaiRunner:
         cut = [[int(token) for token in tokenizer.encode(text)[: min(most, self.context)]] for text in texts]
         return [ids for ids in cut if ids]
 
+    @_as_model_error
     def next_logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (vocabulary,) after ``ids``, read at once by the very graph that generates.
 
@@ -167,6 +196,7 @@ class GenaiRunner:
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         return np.array(generator.get_output("logits")[0, -1], dtype=np.float32)
 
+    @_as_model_error
     def cached_logits(self, ids: Sequence[int], prefill: int) -> npt.NDArray[np.float32]:
         """Return fp32 logits (T - prefill + 1, vocabulary) from position ``prefill`` - 1 on, by the graph that ships.
 
@@ -181,6 +211,7 @@ class GenaiRunner:
             found.append(np.array(generator.get_output("logits")[0, -1], dtype=np.float32))
         return np.stack(found)
 
+    @_as_model_error
     def logits(self, ids: Sequence[int], *, prefill: int | None = None) -> npt.NDArray[np.float32]:
         """Return the fp32 logits (T, vocabulary) after each of the ``ids``, which the model is given, not asked for.
 

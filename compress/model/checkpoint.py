@@ -210,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -243,6 +243,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """Check names and shapes in the files' headers against the config; return the files."""
+    if config.get("quantization_config"):  # of another format, all linears would be told as missing
+        from compress.model.quantization import packing
+
+        where = f"{folder / 'config.json'}: quantization_config"
+        packing.check_quantization_config(config["quantization_config"], where=where)
     expected = tensor_shapes(config)
     paths = weight_files(folder)
     seen: set[str] = set()

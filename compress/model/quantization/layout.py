@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from compress.errors import ModelError
+from compress.json_reader import required
 from compress.model.quantization.params import GROUP_SIZES, AwqParams, GptqParams, QatParams, RtnParams
 from compress.model.shapes import head_size, linear_shapes
 
@@ -263,7 +264,9 @@ def stored_as(config: Mapping[str, Any], path: str) -> tuple[int, int]:
 
     The first exception of ``dynamic`` whose expression fits counts, as in GPTQModel.
     """
-    bits, group_size = int(config["bits"]), int(config.get("group_size", -1))
+    where = "config.json: quantization_config"
+    bits = required(config, "bits", int, where, ModelError, least=1, most=32)
+    group_size = -1 if config.get("group_size") is None else int(config["group_size"])
     for text, entry in (config.get("dynamic") or {}).items():
         if re.match(text.removeprefix("+:").removeprefix("-:"), path):
             if text.startswith("-:"):

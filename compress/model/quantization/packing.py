@@ -154,6 +154,10 @@ def read_layer(tensors: Mapping[str, torch.Tensor], prefix: str, *, bits: int | 
     if missing:
         raise ModelError("GPTQ checkpoint", f"missing tensors {', '.join(missing)}", "qweight, qzeros, scales, g_idx")
     qweight, qzeros, scales, g_idx = (tensors[f"{prefix}.{suffix}"] for suffix in SUFFIXES)
+    dimensions = [(tensor.dim(), tensor.is_floating_point()) for tensor in (qweight, qzeros, scales, g_idx)]
+    if dimensions != [(2, False), (2, False), (2, True), (1, False)]:
+        found = ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (qweight, qzeros, scales, g_idx))
+        raise ModelError(f"GPTQ checkpoint: {prefix}", found, "int32 qweight, qzeros and g_idx, floating scales")
     in_features, out_features = len(g_idx), qweight.shape[1]
     width = _width(qweight.shape[0], in_features) if bits is None else bits
     groups = scales.shape[0]
