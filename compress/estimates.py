@@ -7,6 +7,7 @@ say so. `Estimate.refuse_misfit` raises when the target cannot hold what would c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,9 @@ from compress.model.distillation.cross_tokenizer.params import CrossTokenizerPar
 from compress.model.distillation.cross_tokenizer.shapes import scratch_config
 from compress.model.distillation.student_shapes import student_shape
 from compress.model.pruning.schedule import final_shape
-from compress.model.quantization.layout import choose, untied_by
+from compress.model.quantization.layout import choose, slow_note, untied_by
 from compress.model.quantization.params import MixedParams, QatParams, RtnParams
-from compress.model.shapes import check_config, parameter_count, with_shape
+from compress.model.shapes import check_config, linear_shapes, parameter_count, with_shape
 from compress.plans import Node, Outside, Plan
 from compress.run_record import TIME_OF_ALL, TIME_TO_RUN, EstimateRecord
 
@@ -33,6 +34,7 @@ FORWARD_SHARE = 0.5
 # A process with torch and transformers that has run a teacher over batches: 685 MB after evaluating one of 6 million
 # parameters, 950 to 1000 MB after scoring a pool with it; the allocator keeps what batches once took.
 BASE_BYTES = 800_000_000
+LOADED_BYTES = 540_000_000  # torch and transformers alone, with what slices of logits and scratch take
 # how often the teacher reads all rows; with and without the prompt for IFD, the prompts alone for embeddings
 TEACHER_SCANS = {"mislabel": 1.2, "ifd": 1.6, "k_center": 0.6, "stabilize": 0.6}
 LAYER_SECONDS = 0.4e-3  # overhead of one layer in one decoding step of torch on a CPU
@@ -40,14 +42,22 @@ IMPORT_SECONDS = 6.0  # torch and transformers, once per run
 # Matrix product of one core: 88 GFLOP/s measured with AVX-512 (server, 2.6 GHz), the others by width and clock.
 CORE_FLOPS = {"avx512f": 80e9, "avx2": 45e9, "avx": 20e9, "asimd": 20e9}
 SLOW_CORE_FLOPS = 8e9
+CHECK_TOKENS, HELD_BYTES = 8192, float(1 << 29)  # of compress.model.quantization: streaming, blocks
+EXPORT_SECONDS = 6.0  # the runtime and its builder, whatever the model
+WRITTEN_PER_SECOND = 20e6  # weights that are packed and written
+PROOF_PASSES = 4.0  # the graph's passes over the proof's tokens, in passes of torch: fp32 unpacks the codes
 ADAM_BYTES = 16  # per parameter in training: weights, gradient and two moments in fp32
 
 
 @dataclass
 class Estimate:
-    """What is foretold. ``seconds`` has one entry per node of the plan, None where nothing can be said."""
+    """What is foretold. ``seconds`` and ``peaks`` (bytes of memory) have one entry per node of the plan.
+
+    None where nothing can be said.
+    """
 
     seconds: list[float | None] = field(default_factory=list)
+    peaks: list[float | None] = field(default_factory=list)
     figures: dict[str, tuple[float, str]] = field(default_factory=dict)  # what -> (value, unit)
     notes: list[str] = field(default_factory=list)
     misfits: list[TargetError] = field(default_factory=list)
@@ -107,12 +117,15 @@ def estimate(plan: Plan) -> Estimate:
         result.notes.append(f"The teacher {spec} is not on this machine: foretold from {Path(stand_in).name}.")
     if config is None:
         result.notes.append(f"Nothing can be foretold: the config of the teacher {spec} is not on this machine.")
-        result.seconds = [None] * len(plan.nodes)
+        result.seconds, result.peaks = [None] * len(plan.nodes), [None] * len(plan.nodes)
         return result
     check_config(config, where=f"{spec}: config.json")
     walk = _Walk(plan, config, machine_flops(plan.facts.device))
+    for node in plan.nodes:
+        seconds, peak = walk.visit(node)
+        result.seconds.append(seconds)
+        result.peaks.append(peak)
     result.notes += walk.notes
-    result.seconds = [walk.seconds(node) for node in plan.nodes]
     _figures(walk, plan, result)
     return result
 
@@ -127,7 +140,7 @@ class _Walk:
         self.notes: list[str] = []
         self.rows_known = True
         self.rows = self._pool_rows()
-        self.peak = BASE_BYTES + 4 * self.teacher.parameters
+        self.peak = 0.0  # of the node that is looked at
         self.last = self.teacher
         self.bundle: _State | None = None
         self.cached = 0.0  # bytes of the largest cache of a teacher's targets
@@ -175,8 +188,13 @@ class _Walk:
             state.parameters, rows * new_tokens
         )
 
-    def seconds(self, node: Node) -> float | None:
-        """Time of ``node``, rough; also moves the state on."""
+    def visit(self, node: Node) -> tuple[float | None, float]:
+        """Time and peak memory of ``node``; also moves the state on."""
+        scored = node.stage.stage.startswith(("data.", "evaluate"))
+        self.peak = BASE_BYTES + 4.0 * self.teacher.parameters if scored else float(LOADED_BYTES)
+        return self._seconds(node), self.peak
+
+    def _seconds(self, node: Node) -> float | None:
         stage = node.stage.stage
         if stage.startswith("data."):
             data = self._data(node)
@@ -252,7 +270,9 @@ class _Walk:
         self._becomes(node, state)
         tokens = params.recovery.steps * params.recovery.batch_tokens
         seen = self._taught(params.recovery, tokens) if params.recovery.kd_weight else 0.0
-        self._training_memory(before, params.recovery)
+        if params.recovery.steps:
+            self._training_memory(state, params.recovery)
+        self._need(4 * before.parameters + _scoring_bytes(before.config, params.batch_size * params.max_tokens))
         calibration = self.forward(before.parameters, params.calibration_tokens)
         return 3.0 + calibration + self.training(state.parameters, tokens) + self.forward(self.teacher.parameters, seen)
 
@@ -264,8 +284,11 @@ class _Walk:
         values = params.model_dump()
         config = untied_by(before.config, params)
         layout = choose(config, params, where=node.stage.name)
+        slow = slow_note(layout)
+        self.notes += [] if slow is None else [f"{node.stage.name}: {slow}"]
         others = {path: (spec.stored_bits, spec.group_size) for path, spec in layout.linears.items()}
         self._becomes(node, _State(config, values, others))
+        self._need(_rounding_bytes(config, int(values.get("calibration_tokens", 0)), values.get("correction_damp")))
         draws = int(values.get("calibration_draws", 1))
         seconds = 2.0 + self.forward(before.parameters, 4 * draws * values.get("calibration_tokens", 0))
         if isinstance(params, MixedParams):  # four parts in every way, each through half of the layers on average
@@ -280,20 +303,38 @@ class _Walk:
         return seconds
 
     def _export(self, node: Node) -> float:
-        self.bundle = self.model_of(node)
-        return 6.0 + self.bundle.parameters / 20e6
+        """Time of drawing and writing the graph, and of the proof: passes in torch and of both graphs."""
+        state = self.bundle = self.model_of(node)
+        params: Any = node.params
+        rows, tokens = (self.rows, ROW_BYTES / BYTES_PER_TOKEN) if self.plan.profile.data.pool else (4.0, 15.0)
+        read = min(rows, params.parity_rows) * min(tokens, params.parity_tokens)
+        passes: float = 1.0 + (PROOF_PASSES if "onnx" in params.formats else 0.0) * (
+            1 + 4 / max(min(rows, params.parity_rows), 4)
+        )
+        # the weights twice while they are opened, or torch's beside the logits of a row
+        self._need(8 * state.parameters)
+        proof = passes * self.forward(state.parameters, float(read))
+        return EXPORT_SECONDS + state.parameters / WRITTEN_PER_SECOND + proof
+
+    def _need(self, count: float) -> None:
+        """Raise the peak of the node to ``count`` bytes beside the libraries."""
+        self.peak = max(self.peak, LOADED_BYTES + count)
 
     def _training_memory(self, state: _State, params: Any) -> None:
-        """Raise the peak to what training ``state`` takes; ``params`` has batch_tokens."""
-        config, tokens = state.config, params.batch_tokens
-        # per token and layer about 16 hidden-sized and 4 FFN-sized float32 values are kept for the backward pass,
-        # and three copies of the logits (student, gradient, targets) at the end
-        inner = int(config["num_hidden_layers"]) * (
-            16 * int(config["hidden_size"]) + 4 * int(config["intermediate_size"])
-        )
-        activations = 4 * tokens * (inner + 3 * int(config["vocab_size"]))
-        need = BASE_BYTES + ADAM_BYTES * state.parameters + 4 * self.teacher.parameters + activations
-        self.peak = max(self.peak, need)
+        """Raise the peak to what training ``state`` takes; ``params`` has batch_tokens.
+
+        Weights, gradients and moments; the teacher; what the layers keep for the way back, counted in
+        `distillation.forward` (fp32): 12 bytes per token and feed-forward channel, 21 per hidden one, and a joined copy
+        of q, k and v and of gate and up; two temporaries of the largest tensor in the optimizer's step. Logits exist in
+        slices alone.
+        """
+        config, shapes = state.config, linear_shapes(state.config)
+        hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
+        joined = sum(math.prod(shapes[name]) for name in shapes if name.split(".")[1][0] in "qkvgu")
+        kept = params.batch_tokens * (12 * ffn + 21 * hidden) + 4 * joined
+        largest = int(config["vocab_size"]) * hidden
+        own = ADAM_BYTES * state.parameters + int(config["num_hidden_layers"]) * kept + 8 * largest
+        self._need(own + 4 * self.teacher.parameters)
 
     def _evaluation(self, node: Node) -> float:
         if node.stage.method == "gate":
@@ -310,6 +351,21 @@ class _Walk:
         return total
 
 
+def _scoring_bytes(config: Mapping[str, Any], tokens: int) -> float:
+    """Bytes of one layer's inputs and their scores, of a batch of ``tokens``."""
+    return tokens * (12.0 * int(config["intermediate_size"]) + 32 * int(config["hidden_size"]))
+
+
+def _rounding_bytes(config: Mapping[str, Any], tokens: int, correction: float | None) -> float:
+    """Bytes of quantizing by layers: the embedding plain and rounded with its codes, a layer, its hidden states."""
+    hidden, ffn = int(config["hidden_size"]), int(config["intermediate_size"])
+    ways = 1 if correction is None else 2
+    outer = 13.0 * int(config["vocab_size"]) * hidden
+    layer = 16.0 * sum(math.prod(shape) for shape in linear_shapes(config).values()) + 24.0 * ffn * ffn
+    states = 4.0 * hidden * (2 * ways * tokens + 2 * CHECK_TOKENS)
+    return outer + layer + states + ways * min(4.0 * ffn * tokens, HELD_BYTES)
+
+
 def _bytes_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
@@ -324,14 +380,15 @@ def _figures(walk: _Walk, plan: Plan, result: Estimate) -> None:
     ]
     result.figures[TIME_TO_RUN] = (sum(missing) + IMPORT_SECONDS if missing else 0.0, "s")
     result.figures[TIME_OF_ALL] = (sum(known) + IMPORT_SECONDS, "s")
-    result.figures["peak memory of the run"] = (float(walk.peak), "bytes")
+    peak = max((found for found in result.peaks if found is not None), default=0.0)
+    result.figures["peak memory of the run"] = (peak, "bytes")
     if walk.cached:
         result.figures["teacher's targets on the disk, at most"] = (float(walk.cached), "bytes")
     result.figures["teacher parameters"] = (float(walk.teacher.parameters), "parameters")
     result.figures["student parameters"] = (float(walk.last.parameters), "parameters")
     memory = plan.facts.device["memory_bytes"]
-    if walk.peak > memory:
-        result.notes.append(f"The run needs about {walk.peak / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB.")
+    if peak > memory:
+        result.notes.append(f"The run needs about {peak / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB.")
     if walk.bundle is not None:
         _fit(walk.bundle, plan, result)
 

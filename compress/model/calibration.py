@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from compress.errors import DataError
+from compress.model.distillation.forward import kept_states
+from compress.model.layers import output_head
+
+HEAD_ENTRIES = 1 << 24  # logits held at once: 64 MiB in fp32, whatever the vocabulary
 
 
 class TokenIds(Protocol):
@@ -76,18 +81,21 @@ def padded(rows: Sequence[TokenIds], *, pad_id: int) -> Batch:
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, given: Sequence[Batch]) -> float:
-    """Return the mean negative log-likelihood (nats) of the target tokens of ``given``; no target at all gives 0."""
+    """Return the mean negative log-likelihood (nats) of the target tokens of ``given``; no target at all gives 0.
+
+    Logits exist a slice at a time: those of a batch may take more memory than the model.
+    """
     model.eval()
+    head = output_head(model)
+    step = max(1, HEAD_ENTRIES // head.weight.shape[0])
     total, count = 0.0, 0
     for batch in given:
-        output = model(
-            input_ids=batch.input_ids.to(model.device),
-            attention_mask=batch.attention_mask.to(model.device),
-            use_cache=False,
-        )
+        ids = batch.input_ids.to(model.device)
         targets = batch.answer[:, 1:].bool().to(model.device)  # (B, T - 1): what stands at t is predicted at t - 1
-        logprobs = output.logits[:, :-1][targets].float().log_softmax(dim=-1)  # (targets, V)
-        wanted = batch.input_ids[:, 1:].to(model.device)[targets]
-        total -= float(logprobs.gather(1, wanted.unsqueeze(1)).double().sum())
+        keep = nn.functional.pad(targets, (0, 1)).flatten().nonzero()[:, 0]
+        states, wanted = kept_states(model, ids, keep), ids[:, 1:][targets]
+        for at in range(0, len(wanted), step):
+            logprobs = head(states[at : at + step]).float().log_softmax(dim=-1)  # (positions, V)
+            total -= float(logprobs.gather(1, wanted[at : at + step].unsqueeze(1)).double().sum())
         count += len(wanted)
     return total / max(count, 1)

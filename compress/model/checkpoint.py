@@ -25,6 +25,7 @@ from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import EdgestillError, ModelError
 from compress.files import TOKENIZER_FILES, json_text, write_whole
 from compress.json_reader import read_table, required, shown
+from compress.model.foreign import refuse_foreign, refuse_tensors, refuse_weights
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
@@ -53,6 +54,8 @@ _FORMATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"
 def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a supported architecture as a dict; ModelError when absent, malformed or unfit."""
     path = folder / "config.json"
+    if not path.is_file():
+        refuse_weights(folder)
     config = _read_json(path)
     check_config(config, where=str(path))
     return config
@@ -238,12 +241,14 @@ def weight_files(folder: Path) -> list[Path]:
             "model.safetensors",
             "Pickle can run code when opened. Convert it where you trust it: load there, then save_pretrained(folder)",
         )
+    refuse_weights(folder)
     raise ModelError(str(folder), "no weights", "model.safetensors")
 
 
 def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """Check names and shapes in the files' headers against the config; return the files."""
-    if config.get("quantization_config"):  # of another format, all linears would be told as missing
+    refuse_foreign(folder, config)
+    if config.get("quantization_config"):
         from compress.model.quantization import packing
 
         where = f"{folder / 'config.json'}: quantization_config"
@@ -260,6 +265,8 @@ def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
         seen |= {name.removesuffix("qweight") + "weight" for name in seen if name.endswith(".qweight")}
     missing = sorted(expected.keys() - seen)
     if missing:
+        if not config.get("quantization_config"):
+            refuse_tensors(folder, seen)
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(str(folder), f"missing tensors {', '.join(missing[:3])}{more}", "all that config.json implies")
     return paths

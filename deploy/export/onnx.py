@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import onnx
 
 from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import ModelError, ParityError
+from compress.model.quantization.layout import has_kernel
 from compress.model.shapes import head_size, kv_head_count
 from deploy import variants
 from deploy.export import codes, heads, skeleton
@@ -159,6 +161,7 @@ class _Assembly:
         self.meaningless = {tensor.name for tensor in drawn.graph.initializer}
         self.coded_linears = self.coded_embeddings = 0
         self.orders: dict[tuple[str, bytes], str] = {}
+        self.slow: list[tuple[int, int]] = []  # bits and blocks of products that the runtime has no kernel for
         self.embedding = source.embedding()
         self.head = source.head()
         self.last_layer = int(config["num_hidden_layers"]) - 1
@@ -180,7 +183,19 @@ class _Assembly:
                 self.other(node, weights)
         if self.options.last_logits:
             variants.declare_positions(self.drawn, 1)
+        for (bits, block), count in sorted(Counter(self.slow).items()):
+            self.report.notes.append(self.slow_note(bits, block, count))
         return self.graph.finish()
+
+    def slow_note(self, bits: int, block: int, count: int) -> str:
+        """Return what the user must know of ``count`` products without a kernel."""
+        level = self.options.accuracy_level
+        told = "8-bit activations" if level == 4 else f"fp32 arithmetic (accuracy_level {level})"
+        way = f"quantize to groups of 32 or to 4 bits in groups of {block}" if level == 4 else "set accuracy_level: 4"
+        return (
+            f"{count} matrices of {bits} bits in blocks of {block}: onnxruntime has no kernel for them with {told} and "
+            f"decodes them about 50 times slower than it could: {way}"
+        )
 
     def other(self, node: onnx.NodeProto, weights: list[str]) -> None:
         """Take a node as it is; attention gets the softmax scale of the unpadded head."""
@@ -333,6 +348,8 @@ class _Assembly:
         rows, columns = matrix.codes.shape
         blocks = -(-columns // block)
         self.report.read_per_token_bytes += rows * blocks * (block * matrix.bits // 8 + 4)  # codes and fp32 scales
+        if not has_kernel(matrix.bits, block, accuracy_level=self.options.accuracy_level):
+            self.slow.append((matrix.bits, block))
         self.graph.add(
             "MatMulNBits",
             inputs,

@@ -78,14 +78,15 @@ class NormLinear(torch.autograd.Function):
     ) -> Tensor:
         unit, inverse = _unit(states, epsilon)
         unit, folded = low(unit, dtype), (weight * gain).to(dtype)
-        ctx.save_for_backward(unit, inverse, folded, gain, weight)
-        ctx.biased = bias is not None
+        ctx.save_for_backward(unit, inverse, gain, weight)  # not the folded weight: it is soon made again
+        ctx.biased, ctx.dtype = bias is not None, dtype
         return functional.linear(unit, folded, None if bias is None else bias.to(dtype))[: len(states)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Grads:
-        unit, inverse, folded, gain, weight = ctx.saved_tensors
+        unit, inverse, gain, weight = ctx.saved_tensors
+        folded = (weight * gain).to(ctx.dtype)
         count, given = len(inverse), low(outer[0], folded.dtype)
         d_unit = (given @ folded)[:count].to(inverse.dtype)
         d_folded = (given.T @ unit).to(weight.dtype)

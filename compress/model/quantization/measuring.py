@@ -20,7 +20,7 @@ from compress.model.quantization.blocks import BlockStream
 from compress.model.quantization.layout import Layout
 from compress.model.shapes import parameter_count
 
-_CHUNK = 512  # positions whose logits are held at once
+_HEAD_ENTRIES = 1 << 22  # logits held at once: 16 MiB in fp32, of which there are several copies
 _BITS = {"F32": 32, "F16": 16, "BF16": 16, "I32": 32, "U8": 8}  # of the types that the parts hold
 
 
@@ -89,8 +89,9 @@ def _means(
         targets = batch.answer[:, 1:].bool()  # what stands at t is predicted at t - 1
         wanted = batch.input_ids[:, 1:][targets]
         old, new = norms[0](before)[:, :-1][targets], norms[1](after)[:, :-1][targets]  # (targets, hidden)
-        for at in range(0, len(wanted), _CHUNK):
-            part = slice(at, at + _CHUNK)
+        step = max(1, _HEAD_ENTRIES // len(heads[0]))
+        for at in range(0, len(wanted), step):
+            part = slice(at, at + step)
             p, q = (old[part] @ heads[0].T).log_softmax(-1), (new[part] @ heads[1].T).log_softmax(-1)
             ids = wanted[part].unsqueeze(1)
             divergence = (p.exp() * (p - q)).sum(dim=-1)

@@ -19,7 +19,7 @@ from compress.model.calibration import Batch
 from compress.model.quantization import sensitivity, streaming
 from compress.model.quantization.allocation import Allocation, Option, frontier, within
 from compress.model.quantization.gptq_stage import solve
-from compress.model.quantization.layout import PLAIN, LinearSpec, choose, fitting_group
+from compress.model.quantization.layout import PLAIN, LinearSpec, choose, fitting_group, has_kernel
 from compress.model.quantization.params import MixedParams, ModuleOverride
 from compress.model.quantization.streaming import Job, Rows, calibration_rows, open_job
 from compress.model.shapes import linear_shapes, parameter_count
@@ -65,15 +65,17 @@ def quantize(params: MixedParams, ctx: StageContext) -> StageResult:
 
 
 def _options(job: Job, params: MixedParams, kind: str) -> dict[str, LinearSpec]:
-    """Return what a part may become: bits times the group sizes that divide its inputs, by a name such as ``4g32``."""
+    """Return what a part may become: bits times the group sizes that divide its inputs, by a name such as ``4g32``.
+
+    What the runtime has no kernel for is no choice, unless there is no other.
+    """
     shapes = linear_shapes(_config(job))
     inputs = shapes[sensitivity.part_paths(f"0.{kind}")[0].split(".", 3)[3]][1]
     fitting = {fitting_group(inputs, size) for size in params.groups or [params.group_size]} - {None}
     sizes = sorted(size for size in fitting if size is not None) or [job.layout.group_size]
-    return {
-        f"{bits}g{size}": LinearSpec(bits, size, params.sym)
-        for bits, size in itertools.product(sorted(set(params.candidates)), sizes)
-    }
+    ways = list(itertools.product(sorted(set(params.candidates)), sizes))
+    fast = [(bits, size) for bits, size in ways if size == -1 or has_kernel(4 if bits == 3 else bits, size)]
+    return {f"{bits}g{size}": LinearSpec(bits, size, params.sym) for bits, size in fast or ways}
 
 
 def _config(job: Job) -> dict[str, Any]:

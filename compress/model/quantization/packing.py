@@ -21,6 +21,7 @@ from compress.model.quantization.layout import stored_as
 WIDTHS = (2, 3, 4, 8)
 _PERIOD = 32  # so many codes fill a whole number of 32-bit words, whatever their width
 _WORD = 1 << 32
+ROWS_ENTRIES = 1 << 21  # weights of an embedding that are looked at at once
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -84,6 +85,16 @@ def dequantize(
     """
     index = g_idx.long()
     return (codes.float() - zero_points.float()[:, index]) * scales.float()[:, index]
+
+
+def dequantize_rows(layer: QuantizedLinear) -> torch.Tensor:
+    """`dequantize`, some rows at a time: of an embedding the values between exist for a few rows alone."""
+    values = torch.empty(layer.codes.shape)
+    step = max(1, ROWS_ENTRIES // max(layer.codes.shape[1], 1))
+    for at in range(0, len(values), step):
+        part = slice(at, at + step)
+        values[part] = dequantize(layer.codes[part], layer.scales[part], layer.zero_points[part], layer.g_idx)
+    return values
 
 
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:

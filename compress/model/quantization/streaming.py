@@ -32,7 +32,7 @@ from compress.model.quantization.halves import half, halved, scale_bits
 from compress.model.quantization.hessians import corrected, paired_moments, position_weights, second_moment
 from compress.model.quantization.layout import PLAIN, Layout, LinearSpec, choose, untied_by
 from compress.model.quantization.measuring import Check, bits_per_weight
-from compress.model.quantization.packing import QuantizedLinear, dequantize
+from compress.model.quantization.packing import ROWS_ENTRIES, QuantizedLinear, dequantize, dequantize_rows
 from compress.model.quantization.params import GptqParams, RtnParams
 from compress.model.quantization.rotation import Rotated, rotate_checkpoint
 from compress.model.quantization.rtn import NF3, round_to_nearest
@@ -389,13 +389,19 @@ def outer_spec(weight: torch.Tensor, job: Job, bits: int) -> LinearSpec:
 
 
 def outer_codes(weight: torch.Tensor, job: Job, bits: int) -> QuantizedLinear | None:
-    """Round the embedding or head; None at 16 bits."""
-    return None if bits == PLAIN else rounded(weight, outer_spec(weight, job, bits), job.params)
+    """Round the embedding or head, some rows at a time; None at 16 bits."""
+    if bits == PLAIN:
+        return None
+    spec = outer_spec(weight, job, bits)
+    step = max(1, ROWS_ENTRIES // weight.shape[1])
+    found = [rounded(weight[at : at + step], spec, job.params) for at in range(0, len(weight), step)]
+    codes, scales, zero_points = (torch.cat([layer[part] for layer in found]) for part in range(3))
+    return QuantizedLinear(codes, scales, zero_points, found[0].g_idx)
 
 
 def outer_values(layer: QuantizedLinear | None, plain: torch.Tensor) -> torch.Tensor:
     """Return the fp32 values of embedding or head that the checkpoint will hold."""
-    return halved(plain) if layer is None else dequantize(*layer)
+    return halved(plain) if layer is None else dequantize_rows(layer)
 
 
 def finish(

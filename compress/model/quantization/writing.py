@@ -26,7 +26,7 @@ from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
 from compress.model.quantization.halves import FP16_MOST, exact_half, half
 from compress.model.quantization.layout import Layout, quantization_config
-from compress.model.quantization.packing import QuantizedLinear, dequantize, pack_layer, read_layer
+from compress.model.quantization.packing import QuantizedLinear, dequantize, dequantize_rows, pack_layer, read_layer
 from compress.model.quantization.params import RtnParams
 
 OUTER_FILE = "edgestill_embedding.safetensors"
@@ -155,7 +155,7 @@ def outer_tensors(name: str, layer: QuantizedLinear | None, plain: torch.Tensor)
     """
     if layer is None:
         return {"model.safetensors": {name: half(plain, name)}, OUTER_FILE: {}}
-    prefix, values = OUTER_NAMES[name], exact_half(dequantize(*layer))
+    prefix, values = OUTER_NAMES[name], exact_half(dequantize_rows(layer))
     if values is None:
         raise ModelError(name, "values of codes that 16 bits do not hold", "smaller ones", f"Set {prefix}_bits: 16")
     return {
