@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import DataError, ModelError
-from compress.files import NOT_STATED, TOKENIZER_FILES, licence_of
+from compress.files import NOT_STATED, licence_of, tokenizer_files
 from compress.names import is_hub_name
 
 FileDigest = Callable[[Path], str]
@@ -67,7 +67,7 @@ def model_identity(folder: Path, file_digest: FileDigest) -> str:
 
 def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:
     """Digest of the tokenizer and chat template of a model folder."""
-    files = sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    files = sorted(folder / name for name in tokenizer_files(folder))
     return digest_of({file.name: file_digest(file) for file in files})
 
 

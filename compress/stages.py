@@ -298,7 +298,7 @@ STAGES: tuple[Stage, ...] = (
         "bundle",
         "deploy.params:ExportParams",
         "deploy.export.stage:export",
-        version=5,
+        version=6,
         reads=("model",),
         optional=("data",),
         writes="bundle",

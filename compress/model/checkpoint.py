@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.errors import ModelError
-from compress.files import TOKENIZER_FILES
+from compress.files import tokenizer_files
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
 from compress.model.shapes import SUPPORTED, check_config, parameter_count, tensor_shapes
@@ -154,8 +154,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not (source / "tokenizer.json").is_file():
         raise ModelError(str(source), "no tokenizer.json", "a checkpoint folder with its tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+    for name in tokenizer_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (source / name).resolve() != (folder / name).resolve():
             shutil.copyfile(source / name, folder / name)
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}

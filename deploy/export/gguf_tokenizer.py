@@ -16,6 +16,7 @@ from typing import Any
 
 from compress.encoding import end_of_turn, load_tokenizer
 from compress.errors import ModelError
+from deploy.export.tokenizer import chosen_templates
 
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -187,9 +188,13 @@ def _add_settings(found: Vocabulary, folder: Path) -> None:
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             found.special[name] = int(index)
-    template: Any = tokenizer.chat_template
-    if isinstance(template, str) and template:
-        found.chat_template = template
+    templates, note = chosen_templates(tokenizer, folder)
+    if note:
+        found.notes.append(note.replace("; tool_use only where tools are given", "; a GGUF file holds no other"))
+    if not templates:
+        found.notes.append("the model has no chat template, so that llama.cpp would take one of its own for chats")
+    else:
+        found.chat_template = templates["default"]
         ends = end_of_turn(tokenizer, "assistant")
         if ends is not None and ends != found.special.get("eos"):
             found.special["eot"] = int(ends)
