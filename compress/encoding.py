@@ -9,6 +9,7 @@ rows. Knows nothing of models and tensors; transformers is imported on use.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -209,6 +210,19 @@ def asked_rows(folder: Path) -> list[AskedRow]:
             )
         found.append(AskedRow(row.id, turns[:-1], turns[-1]["content"], row.label, row.answer))
     return found
+
+
+def sampled_texts(folder: Path, count: int, seed: int) -> tuple[list[str], list[list[dict[str, str]]]]:
+    """Texts and conversations of a seeded sample of ``count`` rows of a data artifact, as they are: no tokens.
+
+    A chat gives its prompt, and itself whole as the beginning of a longer one.
+    """
+    from compress.data.rows import read_rows  # pyarrow loads on use
+
+    rows = read_rows(folder)
+    picked = random.Random(seed).sample(rows, min(count, len(rows)))  # noqa: S311 - a sample
+    chats = [list(map(dict, turns)) for row in picked if row.is_chat for turns in (row.prompt, row.messages) if turns]
+    return [row.text for row in picked if not row.is_chat], chats
 
 
 def encode_answers(
@@ -414,6 +428,9 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, whe
             "chat_template.jinja or chat_template in tokenizer_config.json",
             "Give the model folder a template, or use text rows",
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        named = ", ".join(sorted(tokenizer.chat_template))
+        raise ModelError("tokenizer", f"has chat templates without a default one: {named}", "one named default")
     try:
         template = tokenizer.get_chat_template()
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # several by name, and none for this

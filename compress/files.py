@@ -29,9 +29,16 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of more templates, each in a file of its name
 
 NOT_STATED = "not stated"
 _MOST_OF_CARD = 1 << 20  # bytes of a README that are looked at
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of a model ``folder`` that decide how it reads and writes text, those that are there."""
+    named = sorted(path.relative_to(folder).as_posix() for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return [name for name in (*TOKENIZER_FILES, *named) if (folder / name).is_file()]
 
 
 def licence_of(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from compress.ends import declared_ends
 from compress.errors import DataError, ModelError
-from compress.files import NOT_STATED, TOKENIZER_FILES, licence_of
+from compress.files import NOT_STATED, licence_of, tokenizer_files
 from compress.names import is_hub_name
 
 FileDigest = Callable[[Path], str]
@@ -67,9 +67,9 @@ def model_identity(folder: Path, file_digest: FileDigest) -> str:
 
 
 def tokenizer_identity(folder: Path, file_digest: FileDigest) -> str:
-    """Digest of the tokenizer and chat template of a model folder, and of what else says where an answer ends."""
-    files = sorted(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    return digest_of({file.name: file_digest(file) for file in files} | {"ends": list(declared_ends(folder))})
+    """Digest of the tokenizer and chat templates of a model folder, and of what else says where an answer ends."""
+    files = {name: file_digest(folder / name) for name in sorted(tokenizer_files(folder))}
+    return digest_of(files | {"ends": list(declared_ends(folder))})
 
 
 def params_identity(values: Mapping[str, Any], folders: Sequence[str], file_digest: FileDigest) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from compress.encoding import load_tokenizer, stop_ids
 from compress.errors import EdgestillError, ModelError
-from compress.files import TOKENIZER_FILES, json_text, write_whole
+from compress.files import json_text, tokenizer_files, write_whole
 from compress.json_reader import read_table, required, shown
 from compress.model.foreign import refuse_foreign, refuse_tensors, refuse_weights
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
@@ -156,8 +156,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not (source / "tokenizer.json").is_file():
         raise ModelError(str(source), "no tokenizer.json", "a checkpoint folder with its tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+    for name in tokenizer_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (source / name).resolve() != (folder / name).resolve():
             shutil.copyfile(source / name, folder / name)
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}

@@ -488,6 +488,8 @@ class Text:
         return self.og.Tokenizer(str(self.folder))
 
     def _runtime_ids(self, text: str) -> list[int]:
+        if "\0" in text:
+            raise Fault("the text holds a NUL, at which the runtime would end it. Leave it out")
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def ids(self, text: str) -> list[int]:
@@ -554,15 +556,12 @@ class Stream:
 
     def decode(self, token: int) -> str:
         """The text that ``token`` adds; special tokens add none."""
-        if token in self.added:
-            piece = self.added[token].encode()
-        elif self.bytes is not None:
-            piece = b"".join(
-                bytes([self.bytes[char]]) if char in self.bytes else char.encode() for char in self.words.get(token, "")
-            )
+        word = self.added[token] if token in self.added else self.words.get(token, "")
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", word)
+        if self.bytes is not None:  # an added token is spelled in bytes too, where its characters can be
+            known = [self.bytes[char] for char in word if char in self.bytes]
+            piece = bytes(known) if len(known) == len(word) else word.encode()
         else:
-            word = self.words.get(token, "")
-            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", word)
             piece = bytes([int(byte[1], 16)]) if byte else word.replace(self.mark or " ", " ").encode()
         if self.strip and piece:
             piece, self.strip = piece.removeprefix(b" "), False
@@ -606,7 +605,8 @@ class Tokens:
         """Token ids of a normalised text without added tokens; ``first``: it begins the whole text."""
         if not part:
             return []
-        if self.plan["cut"] == "runtime" and not any(token is not None for _, _, token in self.any.split(part)):
+        plain = "\0" not in part and all(token is None for _, _, token in self.any.split(part))
+        if self.plan["cut"] == "runtime" and plain:
             return list(self.runtime(part))
         if "pre" not in self.plan:
             raise Fault(f"the text holds {part[:40]!r}, which this bundle's tokenizer cannot cut. Leave it out")

@@ -17,6 +17,7 @@ from typing import Any
 from compress.encoding import end_of_turn, load_tokenizer, stop_ids
 from compress.errors import ModelError
 from compress.tokenizer_files import read_tokenizer
+from deploy.export.tokenizer import chosen_templates
 
 # gguf.TokenType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -193,9 +194,13 @@ def _add_settings(found: Vocabulary, folder: Path) -> None:
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             found.special[name] = int(index)
-    template: Any = tokenizer.chat_template
-    if isinstance(template, str) and template:
-        found.chat_template = template
+    templates, note = chosen_templates(tokenizer, folder)
+    if note:
+        found.notes.append(note.replace("; tool_use only where tools are given", "; a GGUF file holds no other"))
+    if templates:
+        found.chat_template = templates["default"]
+    else:
+        found.notes.append("the model has no chat template, so that llama.cpp would take one of its own for chats")
     _add_ends(found, tokenizer)
     ids, bare = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
     found.add_bos = len(ids) > len(bare) and ids[0] == found.special.get("bos")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.context import StageContext, StageResult
-from compress.encoding import encode_text_prompt, load_tokenizer, token_rows
+from compress.encoding import encode_text_prompt, load_tokenizer, sampled_texts, token_rows
 from compress.errors import ModelError, TargetError
 from compress.files import NOT_STATED, licence_of
 from compress.json_reader import read_table
@@ -25,10 +25,12 @@ from deploy.export.gptq import export_gptq
 from deploy.export.onnx import OnnxOptions, OnnxReport, write_onnx
 from deploy.export.optimum import interpreter, write_optimum
 from deploy.export.parity import Parity, check
+from deploy.export.text_proof import TextPath, prove
 from deploy.export.tokenizer import write_tokenizer
 from deploy.params import ExportParams
 from deploy.sizing import Precision, check_fit, estimate, kv_cache_bytes, lowered_context, products
 
+TEXT_ROWS = 64  # of the data, on which the text path is proven
 _SAID = {GPTQ_FOLDER: "GPTQ checkpoint", GGUF_FOLDER: "GGUF file"}
 
 
@@ -130,12 +132,14 @@ def _export_gguf(source: Path, out: Path, licence: str, result: StageResult) -> 
 
 def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: StageResult) -> dict[str, Any]:
     """Write the ONNX format, prove parity, and return what ``bundle.json`` says of it."""
+    ctx.progress.say("proving that the device cuts texts as the tokenizer does")
+    path = _text_path(params, ctx, source)
     options = OnnxOptions(
         accuracy_level=params.accuracy_level, context_tokens=_context(params, ctx), last_logits=params.last_logits
     )
     ctx.progress.say("writing the ONNX model")
     report = _writer(params)(source, ctx.out, options=options)
-    write_tokenizer(source, ctx.out)
+    write_tokenizer(source, ctx.out, template=path.template, tokenizer=path.tokenizer)
     (ctx.out / RUNNER_FILE).write_bytes(RUNNER.read_bytes())
     ctx.progress.say("proving that it computes what the checkpoint computes")
     parity = check(
@@ -148,7 +152,7 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
         work=ctx.work,
         progress=ctx.progress,
     )
-    result.notes += report.notes + ([] if ctx.target is None else ctx.target.notes)
+    result.notes += path.notes + report.notes + ([] if ctx.target is None else ctx.target.notes)
     result.notes += _context_notes(params, ctx, read_config(source), report)
     if parity.shipped.top1 < 1:
         result.notes.append(_said(parity))
@@ -163,7 +167,15 @@ def _export_onnx(params: ExportParams, ctx: StageContext, source: Path, result: 
     facts = _onnx_facts(params, report)
     every, once = products(read_config(source), last_logits=keeps_last(params))
     facts |= {"last_logits": keeps_last(params), "products_per_token": every, "products_per_prompt": once}
-    return {"onnx": facts, "parity": parity.facts()}
+    return {"onnx": facts, "parity": parity.facts(), "text": {**path.entries, "proof": path.proof}}
+
+
+def _text_path(params: ExportParams, ctx: StageContext, source: Path) -> TextPath:
+    """Prove how the bundle cuts texts, on a seeded sample of the data's rows too."""
+    if "data" not in ctx.inputs:
+        return prove(source, ctx.work, texts=params.prompts)
+    texts, chats = sampled_texts(ctx.inputs["data"], TEXT_ROWS, ctx.seed)
+    return prove(source, ctx.work, texts=[*params.prompts, *texts], chats=chats)
 
 
 def _context_notes(params: ExportParams, ctx: StageContext, config: dict[str, Any], report: OnnxReport) -> list[str]:
