@@ -246,3 +246,16 @@ def test_meta_is_not_written_over(tmp_path: Path) -> None:
         {"scores": {"s": {"r": 1}}, "when": "2026-01-02"},
     ]
     assert rows[1].with_scores("s", r=1).scores("s") == {"r": 1}
+
+
+def test_a_step_says_what_the_reader_decided(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+
+    path = as_jsonl(tmp_path, [{"prompt": "a", "response": "b", "title": "T"}])
+    done = CliRunner().invoke(
+        app, ["step", "data.selection.dedup", "--in", str(path), "--out", str(tmp_path / "out.jsonl"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "columns kept in meta, where no model sees them: title (1 rows)" in done.output
