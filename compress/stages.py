@@ -235,7 +235,7 @@ STAGES: tuple[Stage, ...] = (
         "structured",
         "compress.model.pruning.params:StructuredParams",
         "compress.model.pruning.structured:prune",
-        version=3,
+        version=4,
         reads=("data", "model"),
         writes="model",
         uses=("teacher",),
