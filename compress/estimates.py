@@ -45,6 +45,7 @@ SLOW_CORE_FLOPS = 8e9
 CHECK_TOKENS, HELD_BYTES = 8192, float(1 << 29)  # of compress.model.quantization: streaming, blocks
 EXPORT_SECONDS = 6.0  # the runtime and its builder, whatever the model
 WRITTEN_PER_SECOND = 20e6  # weights that are packed and written
+COMPARED_SECONDS = 1.2e-7  # of one logit with torch's: divergence, first choice, difference, on one core
 PROOF_PASSES = 4.0  # the graph's passes over the proof's tokens, in passes of torch: fp32 unpacks the codes
 ADAM_BYTES = 16  # per parameter in training: weights, gradient and two moments in fp32
 
@@ -311,9 +312,12 @@ class _Walk:
         passes: float = 1.0 + (PROOF_PASSES if "onnx" in params.formats else 0.0) * (
             1 + 4 / max(min(rows, params.parity_rows), 4)
         )
-        # the weights twice while they are opened, or torch's beside the logits of a row
-        self._need(8 * state.parameters)
+        # the weights twice while they are opened; the embedding's values beside its codes
+        outer = int(state.config["vocab_size"]) * int(state.config["hidden_size"])
+        self._need(8 * state.parameters + 13 * outer)
         proof = passes * self.forward(state.parameters, float(read))
+        if "onnx" in params.formats:
+            proof += 2 * COMPARED_SECONDS * float(read) * int(state.config["vocab_size"])
         return EXPORT_SECONDS + state.parameters / WRITTEN_PER_SECOND + proof
 
     def _need(self, count: float) -> None:

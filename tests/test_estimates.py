@@ -126,6 +126,28 @@ def test_memory_of_the_quickstart_is_near_what_was_measured(
     assert measured / 1.5 < found["peak memory of the run"][0] < measured * 1.5
 
 
+@pytest.mark.parametrize(
+    ("step", "measured"),
+    [  # Highest resident set of the stage alone, one thread: benchmarks/estimates.py --shape smollm2-6-layers --rows 12
+        ({"model.pruning": {"prune_ratio": 0.25, "axes": ["ffn"], "calibration_tokens": 2048,
+          "recovery": {"steps": 3, "batch_tokens": 2048}}}, 1_736_000_000),
+        ({"model.quantization": {"method": "gptq", "calibration_tokens": 4096, "calibration_draws": 1}}, 1_114_000_000),
+        ({"deploy.export": {}, "model.quantization": {"method": "rtn"}}, 1_261_000_000),
+    ],
+)  # fmt: skip
+def test_memory_of_a_stage_is_near_what_was_measured(
+    step: dict[str, dict[str, object]], measured: int, tmp_path: Path
+) -> None:
+    path = folder(tmp_path, num_hidden_layers=6)
+    name = next(iter(step))
+    steps = [{stage: values} for stage, values in step.items() if stage != "deploy.export"]
+    made = planned(path, f"steps={json.dumps(steps)}")
+    at = next(index for index, node in enumerate(made.nodes) if node.stage.stage == name)
+    told = estimate(made).peaks[at]
+    assert told is not None
+    assert measured / 1.2 < told < measured * 1.2
+
+
 def test_time_to_run_leaves_out_what_is_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path)
     made = planned(path)
