@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from compress.context import StageContext
+from compress.endpoint_address import is_address
 from compress.estimates import Estimate, estimate
 from compress.lineage import lineage
 from compress.metering import Meter
@@ -102,7 +103,7 @@ def _terminable() -> Iterator[None]:
 
 def _place(found: Outside, spec: str | None) -> Path | str:
     """What opens a teacher: its folder once it is here, else the endpoint's address as it is written."""
-    return found.path if spec is None or "://" not in spec else spec
+    return found.path if spec is None or not is_address(spec) else spec
 
 
 class _Executor:

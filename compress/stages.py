@@ -104,7 +104,7 @@ STAGES: tuple[Stage, ...] = (
         "mislabel",
         "compress.data.quality.params:MislabelParams",
         "compress.data.quality.stabilization:mislabel",
-        version=2,
+        version=3,
         reads=("data",),
         uses=("teacher",),
         summary="find rows whose answer the teacher contradicts; drop or relabel them",
@@ -128,6 +128,7 @@ STAGES: tuple[Stage, ...] = (
         uses=("teacher",),
         default=True,
         summary="let the teacher invent requests from its bare template and answer them",
+        version=2,
     ),
     Stage(
         "data.synthesis",
@@ -137,6 +138,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("data",),
         uses=("teacher",),
         summary="pair a weak model's samples and keep pairs that say the same in other words",
+        version=2,
     ),
     Stage(
         "data.condensation",
@@ -156,6 +158,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("data",),
         uses=("teacher",),
         summary="let the unpruned model rewrite the answers, kept where the result is the same",
+        version=2,
     ),
     Stage(
         "model.distillation",

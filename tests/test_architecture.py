@@ -11,7 +11,9 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
 # what each side may import of ours; the longest matching prefix of the importing module decides
-SHARED = ("compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names")
+SHARED = (
+    "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names", "compress.journal",
+)  # fmt: skip
 ALLOWED = {
     "evaluators": ("evaluators",),
     "profiles": ("profiles",),
@@ -23,16 +25,19 @@ ALLOWED = {
     ),
     "compress.data": (
         "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",
-        "compress.answers",
+        "compress.answers", "compress.thoughts",
     ),
     "compress.model": (
-        "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint_logprobs",
+        "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint",
+        "compress.endpoint_logprobs",
     ),
     "compress.errors": (),
     "compress.files": (),
     "compress.names": (),
     "compress.version": (),
     "compress.answers": (),
+    "compress.thoughts": (),
+    "compress.journal": ("compress.errors",),
     "compress.context": ("compress.progress", "compress.teachers"),
     "compress.progress": ("compress.errors",),
     "compress.store": ("compress.errors", "compress.files"),

@@ -67,7 +67,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log; a kill may have cut the last one."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
 
 
 class DivergenceGuard:
