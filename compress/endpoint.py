@@ -1,46 +1,44 @@
 """A client for OpenAI-compatible servers: chat completions with log probabilities, retried within bounds.
 
 `ChatClient.complete` asks one conversation, `complete_all` many at a time and in order; `ask` and `in_parallel` are the
-same for any other kind of request. Only the standard library;
-knows nothing of rows, stages or torch. A server that refuses (4xx) is the user's to correct and is not asked again;
-one that is busy, slow, silent or talks nonsense is asked ``attempts`` times, and then named in an error.
+same for any other kind of request. Only the standard library; knows nothing of rows, stages or torch. A server that
+refuses a parameter is asked without it (``endpoint_dialects``); one that refuses otherwise (4xx) is the user's to
+correct and is not asked again; one that is busy, silent or talks nonsense is asked ``attempts`` times, and then named
+in an error, as is one whose reply never ends. What is in flight when the work ends has a moment to arrive.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
-import math
 import os
-import time
-import urllib.error
-import urllib.request
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from compress.errors import EdgestillError, UserError
+from compress.endpoint_address import KEY_VARIABLE, check_model, check_url, read_key
+from compress.endpoint_dialects import REFUSALS, Dialect
+from compress.endpoint_replies import Nonsense, Reply, excerpt, read_reply
+from compress.endpoint_transport import Answered, Broken, Ending, Overrun, post
+from compress.errors import EdgestillError, UserError, safe_to_show
 from compress.progress import Bar
+
+__all__ = ["ChatClient", "Nonsense", "Refused", "Reply", "Request", "Unanswered", "excerpt"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Q = TypeVar("Q")
 
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # worth asking again
-MAX_REPLY_BYTES = 16 << 20
 MAX_WAIT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer as text. ``mean_logprob`` (nats per token) is NaN where the server gave none."""
-
-    text: str
-    mean_logprob: float
-    finished: bool
+SILENCE_S, WHOLE_S = 60.0, 70.0  # seconds without a byte, and for a whole reply from the moment that it is asked for
+SECONDS_VARIABLE = "EDGESTILL_REPLY_SECONDS"  # for servers that think longer: sets both
+FAILED_GRACE_S, STOPPED_GRACE_S = 30.0, 10.0  # for what is in flight when a request failed, or the user stops the work
+_ENDING: ContextVar[Ending] = ContextVar("ending")  # of the work that a thread does
+OPTIONAL = ("seed", "logprobs", "top_p", "temperature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +49,6 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-class Nonsense(Exception):
-    """A reply that is not what the protocol says; becomes an `EdgestillError` when it is the last."""
 
 
 class Refused(UserError):
@@ -69,57 +63,114 @@ class Unanswered(EdgestillError):
     code = 0
 
 
+class Stopped(Exception):
+    """The work is to end, and this request was not asked; internal."""
+
+
+def _seconds(otherwise: float) -> float:
+    """The limit that the user sets, else ``otherwise``.
+
+    Raises:
+        UserError: it is no number of seconds.
+    """
+    text = os.environ.get(SECONDS_VARIABLE, "")
+    if not text:
+        return otherwise
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1.0 <= value <= 86_400.0:
+        raise UserError(SECONDS_VARIABLE, f"got {text!r}", "seconds, from 1 to 86400")
+    return value
+
+
 @dataclass(frozen=True)
 class ChatClient:
     """Talks to ``url`` (such as ``http://localhost:8000/v1``) about ``model``.
 
     Attributes:
         timeout_s: how long the server may stay silent.
+        whole_s: how long it may take for a whole reply.
         attempts: how often a request is sent at most.
         backoff_s: pause before the second attempt, doubled each time; a server's Retry-After goes first.
         key_variable: environment variable that holds the API key; nothing is sent when it is unset.
         parallel: requests in flight.
+        dialect: what the server was found to take.
     """
 
     url: str
     model: str
-    timeout_s: float = 60.0
+    timeout_s: float = field(default_factory=lambda: _seconds(SILENCE_S))
+    whole_s: float = field(default_factory=lambda: _seconds(WHOLE_S))
     attempts: int = 4
     backoff_s: float = 1.0
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = KEY_VARIABLE
     parallel: int = 4
+    dialect: Dialect = field(default_factory=Dialect, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("teacher", f"the endpoint is {self.url!r}", "a URL such as http://localhost:8000/v1")
-        if not self.model:
-            raise UserError(
-                "teacher", "the endpoint names no model", "URL#MODEL, such as http://localhost:8000/v1#llama"
-            )
-        if parts.username or parts.password:
-            raise UserError("teacher", "the endpoint's URL holds a password", "the key in an environment variable")
+        check_url(self.url)
+        check_model(self.model)
+        read_key(self.key_variable)
 
     def complete_all(
-        self, conversations: Sequence[Sequence[Mapping[str, str]]], request: Request, *, bar: Bar | None = None
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        request: Request,
+        *,
+        bar: Bar | None = None,
+        keep: Callable[[int, Reply], None] | None = None,
     ) -> list[Reply]:
-        """Answers in the order of ``conversations``; the first failure stops the rest."""
-        return self.in_parallel(lambda conversation: self.complete(conversation, request), conversations, bar=bar)
+        """Answers in the order of ``conversations``; the first failure stops the rest. ``keep`` as `in_parallel`."""
+        return self.in_parallel(lambda asked: self.complete(asked, request), conversations, bar=bar, keep=keep)
 
-    def in_parallel(self, ask: Callable[[Q], T], questions: Sequence[Q], *, bar: Bar | None = None) -> list[T]:
-        """What ``ask`` gives for ``questions``, in their order, some at a time; the first failure stops the rest."""
-        with ThreadPoolExecutor(max_workers=self.parallel) as pool:
-            futures = [pool.submit(ask, question) for question in questions]
+    def in_parallel(
+        self,
+        ask: Callable[[Q], T],
+        questions: Sequence[Q],
+        *,
+        bar: Bar | None = None,
+        keep: Callable[[int, T], None] | None = None,
+    ) -> list[T]:
+        """What ``ask`` gives for ``questions``, in their order, some at a time; the first failure stops the rest.
+
+        ``keep`` is called with the number of a question and its answer as soon as that is there, by several threads,
+        also for those that arrive after a failure or an interrupt.
+        """
+        ending, counting = Ending(), threading.Lock()
+
+        def one(at: int) -> T:
+            _ENDING.set(ending)
+            if ending.called:
+                raise Stopped
+            answer = ask(questions[at])
+            if keep is not None:
+                keep(at, answer)
+            if bar is not None:
+                with counting:
+                    bar.advance()
+            return answer
+
+        futures: list[Future[T]] = []
+        grace_s = FAILED_GRACE_S
+        pool = ThreadPoolExecutor(max_workers=self.parallel)
+        try:
+            futures += [pool.submit(one, at) for at in range(len(questions))]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            grace_s = STOPPED_GRACE_S
+            raise
+        finally:
+            ending.within(grace_s)  # what is in flight is paid for; what is not begun is never asked
             try:
-                found = []
-                for future in futures:
-                    found.append(future.result())
-                    if bar is not None:
-                        bar.advance()
-                return found
-            except BaseException:
+                wait([future for future in futures if not future.cancel()], timeout=grace_s + 1.0)
+            finally:
+                ending.within(0.0)
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def complete(self, messages: Sequence[Mapping[str, str]], request: Request) -> Reply:
         """Ask one conversation.
@@ -132,115 +183,116 @@ class ChatClient:
             "messages": [dict(message) for message in messages],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
-            "top_p": request.top_p,
             "seed": request.seed,
             "logprobs": True,
         }
-        return self.ask("chat/completions", body, _read_reply)
+        if request.top_p != 1.0:
+            body["top_p"] = request.top_p
+        return self.ask(
+            "chat/completions", body, lambda content: read_reply(content, request.max_new_tokens), may_miss=OPTIONAL
+        )
 
-    def ask(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T]) -> T:
+    def ask(self, path: str, body: Mapping[str, Any], read: Callable[[bytes], T], *, may_miss: Sequence[str] = ()) -> T:
         """Send ``body`` to ``path`` below the URL and give what ``read`` makes of the reply, within the attempts.
 
-        ``read`` raises `Nonsense` for a reply that is not what the protocol says; the request is then repeated.
+        ``read`` raises `Nonsense` for a reply that is not what the protocol says; the request is then repeated. The
+        parameters ``may_miss`` are left out for a server that refuses them.
 
         Raises:
             UserError, Unanswered: as `complete`.
         """
-        content = json.dumps({"model": self.model, **body}).encode()
-        why, code = "", 0
-        for attempt in range(self.attempts):
-            wait, code = self.backoff_s * 2**attempt, 0
+        why, code, attempt, ending = "", 0, 0, _ENDING.get(Ending())
+        while attempt < self.attempts:
+            wait_s, code = self.backoff_s * 2**attempt, 0
             try:
-                return read(self._post(path, content))
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}: {excerpt(_error_body(error))}"
-                if error.code not in BUSY:
-                    raise self._refused(error.code, why) from error
-                wait, code = _retry_after(error, wait), error.code
-            except Nonsense as error:
+                return read(self._adapted(path, {"model": self.model, **body}, may_miss))
+            except Answered as answered:
+                why, code = f"HTTP {answered.code}: {excerpt(answered.body)}", answered.code
+                if code not in BUSY:
+                    raise self._refused(answered, why) from None
+                wait_s = _retry_after(answered.retry_after, wait_s)
+            except Overrun as error:  # asking again would take as long again
                 why = str(error)
-            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSError
-                why = _transport(error)
-            logger.warning("%s: attempt %d of %d: %s", self.url, attempt + 1, self.attempts, why)
-            if attempt + 1 < self.attempts:
-                time.sleep(min(wait, MAX_WAIT_S))
-        failure = Unanswered(
-            self.url,
-            f"no usable reply in {self.attempts} attempts; the last: {why}",
-            do="Check that the server runs and is not overloaded, then run again: what is done is kept",
-        )
-        failure.code = code
-        raise failure
+                break
+            except (Nonsense, Broken) as error:
+                why = str(error)
+            attempt += 1
+            logger.warning("%s: attempt %d of %d: %s", self.url, attempt, self.attempts, safe_to_show(why))
+            if attempt < self.attempts and ending.pause(min(wait_s, MAX_WAIT_S)):
+                raise Stopped
+        raise self._unanswered(why, code, attempt)
+
+    def _adapted(self, path: str, body: Mapping[str, Any], may_miss: Sequence[str]) -> bytes:
+        """The reply to ``body`` in the server's own words; a refusal that teaches something is not the last.
+
+        Raises:
+            Answered, Broken: as `endpoint_transport.post`.
+        """
+        for _ in range(2 * len(body)):
+            sent = self.dialect.spoken(path, body)
+            try:
+                return self._post(path, json.dumps(sent).encode())
+            except Answered as answered:
+                if answered.code not in REFUSALS or not self.dialect.learn(path, sent, answered.body, may_miss):
+                    raise
+        return self._post(path, json.dumps(self.dialect.spoken(path, body)).encode())
 
     def _post(self, path: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        key = os.environ.get(self.key_variable, "")
+        key = read_key(self.key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        address = f"{self.url.rstrip('/')}/{path}"
-        request = urllib.request.Request(address, data=body, headers=headers, method="POST")  # noqa: S310 - checked
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:  # noqa: S310 - http(s) only, checked
-            content: bytes = response.read(MAX_REPLY_BYTES + 1)
-            promised = response.headers.get("Content-Length", "")
-        if len(content) > MAX_REPLY_BYTES:
-            raise Nonsense(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
-        if promised.isdigit() and len(content) < int(promised):  # reading with a limit does not notice by itself
-            raise Nonsense(f"the connection broke after {len(content)} of {promised} bytes")
+        limits = {"silence_s": self.timeout_s, "whole_s": max(self.whole_s, self.timeout_s)}
+        content = post(f"{self.url.rstrip('/')}/{path}", body, headers, ending=_ENDING.get(Ending()), **limits)
+        code = _error_inside(content)
+        if code:
+            raise Answered(code, content)
         return content
 
-    def _refused(self, code: int, why: str) -> Refused:
+    def _unanswered(self, why: str, code: int, attempt: int) -> Unanswered:
+        if attempt < self.attempts:
+            got = f"no usable reply: {why}"
+            do = f"Check the server; where it needs longer, set {SECONDS_VARIABLE} to the seconds that a reply may take"
+        else:
+            got = f"no usable reply in {self.attempts} attempts; the last: {why}"
+            do = "Check that the server runs and is not overloaded"
+        failure = Unanswered(self.url, got, do=do)
+        failure.code = code
+        return failure
+
+    def _refused(self, answered: Answered, why: str) -> Refused:
+        code = answered.code
         advice = {
             401: f"Set the environment variable {self.key_variable}",
+            402: "Pay for more at the provider",
             403: f"Check the key in the environment variable {self.key_variable}",
             404: f"Check the URL (it ends in /v1 on most servers) and the model name {self.model!r}",
         }
+        if 300 <= code < 400:
+            to = " ".join(safe_to_show(answered.location.partition("?")[0]).split())[:200] or "nowhere"
+            why = f"HTTP {code}, it sends on to {to}, and redirects are not followed: they would carry the key along"
+            advice[code] = "If you trust that address, give it as the teacher's, up to /v1"
         error = Refused(self.url, f"the server refuses: {why}", do=advice.get(code, "Check the endpoint's settings"))
         error.code = code
         return error
 
 
-def _read_reply(content: bytes) -> Reply:
-    """The first choice of a chat completion."""
+def _error_inside(content: bytes) -> int:
+    """The code of an error that a server sends as if it were a reply (200); 0 where it is a reply."""
+    if content.lstrip()[:1] != b"{" or b'"error"' not in content[:4096]:
+        return 0
     try:
-        choice = json.loads(content)["choices"][0]
-        text = choice["message"]["content"]
-        logprobs = [float(token["logprob"]) for token in ((choice.get("logprobs") or {}).get("content") or [])]
-        finished = choice.get("finish_reason") == "stop"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise Nonsense(f"not a chat completion: {excerpt(content)}") from error
-    if text is None:
-        text = ""  # servers give null for an answer without text
-    if not isinstance(text, str):
-        raise Nonsense(f"the message is no text: {excerpt(content)}")
-    mean = sum(logprobs) / len(logprobs) if logprobs else math.nan
-    return Reply(text, mean if math.isfinite(mean) else math.nan, finished)
+        found = json.loads(content)
+        error = None if found.get("choices") else found.get("error")
+        code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+        return int(code) if isinstance(code, int) and 400 <= code < 600 else 0
+    except (ValueError, AttributeError, RecursionError):
+        return 0
 
 
-def _transport(error: OSError | http.client.HTTPException) -> str:
-    reason: Any = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(error, http.client.IncompleteRead):
-        return f"the connection broke after {len(error.partial)} bytes"
-    if isinstance(reason, TimeoutError):
-        return "no reply in time"
-    return str(reason) or type(reason).__name__
-
-
-def _retry_after(error: urllib.error.HTTPError, otherwise: float) -> float:
+def _retry_after(text: str, otherwise: float) -> float:
     """Seconds that the server asks to wait; a date or nonsense counts for nothing."""
     try:
-        return max(0.0, float(error.headers.get("Retry-After", "")))
-    except (ValueError, AttributeError):
+        return max(0.0, float(text))
+    except ValueError:
         return otherwise
-
-
-def _error_body(error: urllib.error.HTTPError) -> bytes:
-    try:
-        return error.read(4096)
-    except (OSError, http.client.HTTPException):
-        return b""
-
-
-def excerpt(content: bytes) -> str:
-    """The beginning of a reply for a message, on one line."""
-    text = " ".join(content[:400].decode("utf-8", errors="replace").split())
-    return (text[:160] + " ...") if len(text) > 160 else (text or "(empty)")

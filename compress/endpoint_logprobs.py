@@ -20,6 +20,7 @@ from compress.progress import Bar
 Form = Literal["prompt_logprobs", "echo"]
 Ids = Sequence[int]
 FORMS: tuple[Form, ...] = ("prompt_logprobs", "echo")
+MAY_MISS = ("temperature",)  # the token that is generated is thrown away
 ABOVE_ONE = 0.01  # by how much rounding may lift a sum of probabilities
 
 
@@ -40,6 +41,18 @@ class Place:
     def __len__(self) -> int:
         return len(self.by_id) + len(self.by_text)
 
+    def as_json(self) -> list[Any]:
+        """The same as a JSON value; a likelihood of nothing (minus infinity) is null there."""
+        values = [{str(n): v if v > -math.inf else None for n, v in one.items()} for one in (self.by_id, self.by_text)]
+        return [self.text, *values]
+
+    @staticmethod
+    def of_json(value: list[Any]) -> Place:
+        """Undo `as_json`."""
+        text, by_id, by_text = value
+        known = [{n: -math.inf if v is None else float(v) for n, v in one.items()} for one in (by_id, by_text)]
+        return Place(text, {int(n): v for n, v in known[0].items()}, known[1])
+
 
 class _NotThisForm(Exception):
     """The reply is a completion, but without what this form asks for; internal."""
@@ -52,8 +65,16 @@ class PromptScorer:
         self.client, self.top_k = client, top_k
         self.form: Form | None = None
 
-    def places(self, prompts: Sequence[Sequence[int]], *, bar: Bar | None = None) -> list[list[Place]]:
+    def places(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        bar: Bar | None = None,
+        keep: Callable[[int, list[Place]], None] | None = None,
+    ) -> list[list[Place]]:
         """For each prompt of T token ids the T - 1 places behind its first token, in order.
+
+        ``keep`` is called with the number of a prompt and its places as soon as they are there, by several threads.
 
         Raises:
             UserError: the server refuses, gives no log-probabilities of given tokens, too few of them, or reads
@@ -65,11 +86,15 @@ class PromptScorer:
         first: list[list[Place]] = []
         if self.form is None:
             first = [self._probe(prompts[0])]
+            if keep is not None:
+                keep(0, first[0])
             if bar is not None:
                 bar.advance()
         form = self.form
         assert form is not None, "the probe found it or raised"
-        return first + self.client.in_parallel(lambda ids: self._ask(ids, form), prompts[len(first) :], bar=bar)
+        begin = len(first)
+        later = None if keep is None else lambda at, places: keep(begin + at, places)
+        return first + self.client.in_parallel(lambda ids: self._ask(ids, form), prompts[begin:], bar=bar, keep=later)
 
     def _probe(self, ids: Sequence[int]) -> list[Place]:
         """Ask in each form until one is understood."""
@@ -104,7 +129,7 @@ class PromptScorer:
         body: dict[str, Any] = {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0}
         body |= {"prompt_logprobs": self.top_k} if form == "prompt_logprobs" else {"echo": True, "logprobs": self.top_k}
         read = _by_id if form == "prompt_logprobs" else _by_text
-        found = self.client.ask("completions", body, lambda content: self._read(read, content, ids))
+        found = self.client.ask("completions", body, lambda content: self._read(read, content, ids), may_miss=MAY_MISS)
         # tokens of one text are one entry: by text a place may tell of fewer, but with a limit every place does
         sizes = [len(place) for place in found] or [self.top_k]
         told = min(sizes) if form == "prompt_logprobs" else max(sizes)

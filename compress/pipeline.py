@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.context import StageContext
+from compress.endpoint_address import is_address
 from compress.errors import UserError
 from compress.estimates import Estimate, estimate
 from compress.lineage import lineage
@@ -110,7 +111,7 @@ def _terminable() -> Iterator[None]:
 
 def _place(found: Outside, spec: str | None) -> Path | str:
     """What opens a teacher: its folder once it is here, else the endpoint's address as it is written."""
-    return found.path if spec is None or "://" not in spec else spec
+    return found.path if spec is None or not is_address(spec) else spec
 
 
 class _Executor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from compress import doctor, hub, identities, preconditions
+from compress.endpoint_address import is_address, parse_address
 from compress.errors import ProfileError
 from compress.names import OWN_TEACHER
 from compress.stages import STAGES, Stage, find, params_model
@@ -84,7 +85,8 @@ class Facts:
 
     def _outside(self, spec: str) -> Outside:
         """Place and identity of one teacher."""
-        if "://" in spec:
+        if is_address(spec):
+            parse_address(spec)
             return Outside(Path(spec), identities.digest_of({"endpoint": spec}))
         if Path(spec).is_file():  # recorded replies
             return Outside(Path(spec), self.store.file_digest(Path(spec)))

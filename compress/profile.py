@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.assessment_params import METRICS, SIZES, LimitParams, unjudgeable
 from compress.context import Params
+from compress.endpoint_address import is_address
 from compress.errors import ProfileError
 from compress.ingestion_params import SourceParams
 from compress.names import OWN_TEACHER, is_hub_name, nearest
@@ -391,8 +392,8 @@ def _place_paths(
 
 def _absolute(text: str, folder: Path, otherwise: Path | None) -> str:
     path = Path(text).expanduser()
-    if path.is_absolute() or "://" in text:
-        return str(path) if "://" not in text else text
+    if path.is_absolute() or is_address(text):
+        return text if is_address(text) else str(path)
     bases = [base for base in (folder, otherwise) if base is not None]
     for base in bases:
         if (base / path).exists():

@@ -72,7 +72,7 @@ def curve(step: str, folder: Path) -> CurveRecord | None:
     if not path.is_file():
         return None
     points = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         values = parse_json(line, constants=True)
         points.append(
             {name: float(value) for name, value in values.items() if isinstance(value, int | float) and isfinite(value)}

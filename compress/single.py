@@ -20,6 +20,8 @@ from typing import Any
 
 from compress import doctor, hub, identities
 from compress.context import Params, StageContext, StageResult
+from compress.endpoint import Refused
+from compress.endpoint_address import is_address, parse_address
 from compress.errors import DataError, ModelError, ParityError, StoreError, UserError
 from compress.files import file_sha256, place_folder, sync
 from compress.names import OWN_TEACHER, is_hub_name, nearest
@@ -171,7 +173,8 @@ def _identity(slot: str, path: Path) -> str:
 
 def _teacher_identity(spec: str) -> str:
     """Digest of the teacher that ``spec`` names; of an endpoint, or of a hub model that is not here, of the name."""
-    if "://" in spec:
+    if is_address(spec):
+        parse_address(spec, "--teacher")
         return identities.digest_of({"endpoint": spec})
     if Path(spec).is_file():  # recorded replies
         return identities.source_identity(Path(spec), file_sha256)
@@ -318,6 +321,8 @@ def _work(place: Path, spare: Path) -> Iterator[Path]:
         work.mkdir(exist_ok=True)
         try:
             yield work
+        except Refused:
+            raise  # an endpoint that is out of credit or wants another key: the answers before that are paid for
         except FINAL:
             shutil.rmtree(work, ignore_errors=True)
             raise

@@ -9,7 +9,7 @@ opened when it is first asked. Knows nothing of stages and profiles.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -20,19 +20,23 @@ from numpy.typing import NDArray
 
 from compress import hub, hub_cache
 from compress.answers import Generation, TokenScores
-from compress.encoding import TokenRow, decode, encode_prompt, load_tokenizer, stop_ids
+from compress.encoding import TokenRow, decode, encode_prompt, load_tokenizer, special_ids, stop_ids
 from compress.endpoint import ChatClient, Reply, Request
+from compress.endpoint_address import is_address, parse_address
+from compress.endpoint_replies import whole_characters
 from compress.errors import DataError, ModelError, UserError
 from compress.files import file_sha256, json_text, write_whole
 from compress.identities import digest_of, model_identity
 from compress.json_reader import parse_json
 from compress.names import is_hub_name
 from compress.progress import Bar, Progress
+from compress.thoughts import Split, ends_open, is_marker, split_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Message = Mapping[str, str]
+Keep = Callable[[int, Reply], None]
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
 EVERYTHING = frozenset({"score", "generate", "embed", "answer"})
 
@@ -96,9 +100,15 @@ class Teacher(Protocol):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        batch_size: int | None = None,
         progress: Progress | None = None,
+        keep: Keep | None = None,
     ) -> list[Reply]:
-        """Answers to conversations that end in a user's turn."""
+        """Answers to conversations that end in a user's turn, without thoughts.
+
+        ``keep`` is called with the number of a conversation and its reply as soon as that is there, maybe by threads;
+        ``batch_size`` as for `generate`, where there are batches.
+        """
         ...
 
 
@@ -112,10 +122,8 @@ def open_teacher(where: Path | str, *, threads: int = 2) -> Teacher:
         ModelError: nothing usable there. UserError: the endpoint's URL is incomplete.
     """
     text = str(where)
-    if text.startswith(("http:/", "https:/")):
-        url, _, model = text.partition("#")
-        scheme, _, rest = url.partition(":")
-        return EndpointTeacher(f"{scheme}://{rest.lstrip('/')}", model)  # a Path has merged the two slashes
+    if is_address(text):
+        return EndpointTeacher(*parse_address(text))
     path = Path(where)
     if path.is_file() and path.suffix == ".jsonl":
         return RecordedTeacher(path)
@@ -258,9 +266,11 @@ class LocalTeacher:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        batch_size: int | None = None,
         progress: Progress | None = None,
+        keep: Keep | None = None,
     ) -> list[Reply]:
-        """Template, generate, decode."""
+        """Template, generate, decode, and take the thoughts out."""
         prompts = [encode_prompt(messages, self.tokenizer) for messages in conversations]
         found = self.generate(
             prompts,
@@ -268,9 +278,62 @@ class LocalTeacher:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            batch_size=batch_size,
             progress=progress,
         )
-        return [Reply(decode(g.ids, self.tokenizer), g.mean_logprob, g.finished) for g in found]
+        replies = self._replies(prompts, found)
+        if keep is not None:
+            for at, reply in enumerate(replies):
+                keep(at, reply)
+        return replies
+
+    def _replies(self, prompts: Sequence[Sequence[int]], found: Sequence[Generation]) -> list[Reply]:
+        """Answers without thoughts; where there were some, the answer's tokens are scored on their own."""
+        splits = [self._split(prompt, g.ids) for prompt, g in zip(prompts, found, strict=True)]
+        rows, means = [], [g.mean_logprob for g in found]
+        for at, (prompt, generation, split) in enumerate(zip(prompts, found, splits, strict=True)):
+            if split.thoughts:
+                means[at] = math.nan
+                start = self._answer_start(generation.ids, split.answer) if split.whole else None
+                if start is not None:
+                    ids, before = (*prompt, *generation.ids), len(prompt) + start
+                    rows.append(TokenRow(str(at), ids, (0,) * before + (1,) * (len(ids) - before)))
+        for row, scores in zip(rows, self.score(rows) if rows else [], strict=True):
+            means[int(row.id)] = float(scores.logprob.mean())
+        return [
+            Reply(split.answer, mean, g.finished and split.whole, split.thoughts)
+            for split, mean, g in zip(splits, means, found, strict=True)
+        ]
+
+    def _split(self, prompt: Sequence[int], ids: Sequence[int]) -> Split:
+        """The text of generated ``ids`` without thoughts; marks of thoughts count also where they are special."""
+        parts, run = [], list[int]()
+        for token in ids:
+            if token in self._markers:
+                parts += [decode(run, self.tokenizer), self._markers[token]]
+                run = []
+            else:
+                run.append(token)
+        text = "".join([*parts, decode(run, self.tokenizer)])
+        tail = self.tokenizer.decode(list(prompt[-16:]), skip_special_tokens=False)
+        return split_thoughts(text, opened=ends_open(str(tail)))
+
+    @cached_property
+    def _markers(self) -> dict[int, str]:
+        """Special tokens that mark thoughts: decoding would leave them out."""
+        special = {number: str(self.tokenizer.convert_ids_to_tokens(number)) for number in special_ids(self.tokenizer)}
+        return {number: text for number, text in special.items() if is_marker(text)}
+
+    def _answer_start(self, ids: Sequence[int], answer: str) -> int | None:
+        """Where in ``ids`` the tokens of ``answer`` begin; None where it does not stand at their end."""
+        low, high = 0, len(ids)  # the last start whose text is as long as the answer: no mark or blank is before it
+        while high - low > 1:
+            middle = (low + high) // 2
+            if len(decode(ids[middle:], self.tokenizer).strip()) >= len(answer):
+                low = middle
+            else:
+                high = middle
+        return low if decode(ids[low:], self.tokenizer).strip() == answer else None
 
 
 def _bar(progress: Progress | None, what: str, total: int) -> AbstractContextManager[Bar | None]:
@@ -343,16 +406,24 @@ class EndpointTeacher(_TextTeacher):
         top_p: float = 1.0,
         seed: int = 0,
         progress: Progress | None = None,
+        keep: Keep | None = None,
+        **_: Any,
     ) -> list[Reply]:
-        """Several requests in flight, results in order."""
+        """Several requests in flight, results in order; the size of batches is the server's own matter."""
         request = Request(max_new_tokens, temperature, top_p, seed)
         with _bar(progress, "answer", len(conversations)) as bar:
-            return self.client.complete_all(conversations, request, bar=bar)
+            return self.client.complete_all(conversations, request, bar=bar, keep=keep)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the server was found not to take."""
+        return self.client.dialect.notes()
 
 
 class RecordedTeacher(_TextTeacher):
     """Replies from a JSONL file, one object a line: ``messages``, ``reply``, and where known ``mean_logprob`` (nats per
     token) and ``finished``. Sampling settings are not looked at. Of several lines for one conversation the last counts.
+    Thoughts in a reply are taken out, and what its ``mean_logprob`` says of the answer is then not known.
 
     Raises:
         DataError: the file is absent, or a line is not such an object (the line is named).
@@ -364,7 +435,7 @@ class RecordedTeacher(_TextTeacher):
         self.path = path
         self._replies: dict[str, Reply] = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold the other line ends of Unicode
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(str(path), f"cannot be read ({error})", "a JSONL file of replies") from error
         for number, line in enumerate(lines, start=1):
@@ -378,7 +449,7 @@ class RecordedTeacher(_TextTeacher):
         return digest_of({"recording": file_sha256(self.path)})
 
     def answer(self, conversations: Sequence[Sequence[Message]], **_: Any) -> list[Reply]:
-        """The recorded replies; DataError names a conversation that was not recorded."""
+        """The recorded replies; DataError names a conversation that was not recorded. Nothing needs to be kept."""
         found = []
         for messages in conversations:
             reply = self._replies.get(_conversation_key(messages))
@@ -400,7 +471,7 @@ def record(path: Path, conversations: Sequence[Sequence[Message]], replies: Sequ
             "mean_logprob": reply.mean_logprob if known else None,
             "finished": reply.finished,
         }
-        lines.append(json_text(line) + "\n")
+        lines.append(whole_characters(json_text(line)) + "\n")
     write_whole(path, "".join(lines))
 
 
@@ -412,11 +483,14 @@ def _recorded(line: str, where: str) -> tuple[str, Reply]:
     form = 'an object such as {"messages": [{"role": "user", "content": "hi"}], "reply": "hello"}'
     try:
         found = parse_json(line)
-        text, mean = found["reply"], found.get("mean_logprob")
+        text, mean, finished = found["reply"], found.get("mean_logprob"), found.get("finished", True)
         key = _conversation_key(found["messages"])
-        reply = Reply(text, math.nan if mean is None else float(mean), bool(found.get("finished", True)))
+        mean = math.nan if mean is None else float(mean)
+        if not isinstance(text, str) or not isinstance(finished, bool):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(where, f"{line[:80]!r}", form) from error
-    if not isinstance(text, str):
-        raise DataError(where, f"reply is a {type(text).__name__}", form)
-    return key, reply
+    split = split_thoughts(text)
+    if split.thoughts or not math.isfinite(mean):
+        mean = math.nan  # of the thoughts as well
+    return key, Reply(split.answer, mean, finished and split.whole, split.thoughts)

@@ -12,7 +12,7 @@ MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 # what each side may import of ours; the longest matching prefix of the importing module decides
 SHARED = (
-    "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names",
+    "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.journal", "compress.names",
     "compress.json_reader", "compress.patterns", "compress.processes", "compress.scratch", "compress.tokenizer_files",
 )  # fmt: skip
 ALLOWED = {
@@ -26,10 +26,11 @@ ALLOWED = {
     ),
     "compress.data": (
         "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",
-        "compress.answers", "compress.hub_cache",
+        "compress.answers", "compress.hub_cache", "compress.thoughts",
     ),
     "compress.model": (
-        "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint_logprobs",
+        "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint",
+        "compress.endpoint_logprobs",
     ),
     "compress.errors": (),
     "compress.files": (),
@@ -43,6 +44,8 @@ ALLOWED = {
     "compress.tokenizer_files": ("compress.errors", "compress.json_reader"),
     "compress.version": (),
     "compress.answers": (),
+    "compress.thoughts": (),
+    "compress.journal": ("compress.errors",),
     "compress.context": ("compress.progress", "compress.teachers"),
     "compress.progress": ("compress.errors",),
     "compress.store": ("compress.errors", "compress.files", "compress.json_reader"),

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AddedToken
 
-from compress.encoding import TokenRow, encode_prompt
+from compress.answers import Generation, TokenScores
+from compress.encoding import TokenRow, encode_prompt, load_tokenizer
 from compress.endpoint import Reply
 from compress.errors import DataError, EdgestillError, ModelError, UserError
 from compress.local_teacher import Sampling, _uniforms, length_batches
@@ -272,6 +274,58 @@ def test_recorded_replies_come_back(tmp_path: Path) -> None:
             ask()
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\ufeff"])
+def test_a_recording_may_hold_every_line_end_of_unicode(tmp_path: Path, sign: str) -> None:
+    asked = [{"role": "user", "content": f"pasted{sign}from a page"}]
+    record(
+        tmp_path / "replies.jsonl",
+        [asked, ASK],
+        [Reply(f"{sign}one{sign}", -0.5, True), Reply("half \ud83d", -1, True)],
+    )
+    found = RecordedTeacher(tmp_path / "replies.jsonl").answer([asked, ASK])
+    assert [reply.text for reply in found] == [f"{sign}one{sign}", "half \ufffd"]
+
+
+def test_thoughts_of_a_recording_are_no_answers(tmp_path: Path) -> None:
+    other = [{"role": "user", "content": "lock the door"}]
+    path = tmp_path / "replies.jsonl"
+    record(path, [ASK, other], [Reply("<think>hm</think>\n{}", -0.25, True), Reply("<think>hm", -0.25, True)])
+    first, second = RecordedTeacher(path).answer([ASK, other])
+    assert (first.text, first.finished, math.isnan(first.mean_logprob)) == ("{}", True, True)
+    assert (second.text, second.finished) == ("", False)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thoughts_of_a_local_model_are_no_answers(tmp_path: Path, special: bool) -> None:
+    folder = tiny_checkpoint(tmp_path, scale=0.3)
+    tokenizer = load_tokenizer(folder)
+    tokens = [AddedToken(text, special=special) for text in ("[THINK]", "[/THINK]")]
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    opens, closes = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    found = LocalTeacher(folder, threads=1)
+    found.__dict__["tokenizer"] = tokenizer
+    prompt = tuple(encode_prompt(ASK, tokenizer))
+    hm, yes = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("hm", "yes"))
+    scored: list[TokenRow] = []
+
+    def score(rows: Any) -> list[TokenScores]:
+        scored.extend(rows)
+        ones = np.ones(sum(rows[0].answer), np.float32)
+        return [TokenScores(-2 * ones, ones, ones > 0) for _ in rows]
+
+    found.score = score  # type: ignore[method-assign]
+    said = [Generation((opens, *hm, closes, *yes), -9.0, True), Generation((opens, *hm), -9.0, False)]
+    said += [Generation(yes, -1.0, True)]
+    first, second, third = found._replies([prompt] * 3, said)
+    assert first == Reply("yes", -2.0, True, thoughts=True)
+    assert (second.text, second.finished, math.isnan(second.mean_logprob)) == ("", False, True)
+    assert third == Reply("yes", -1.0, True)
+    assert [row.ids for row in scored] == [(*prompt, opens, *hm, closes, *yes)]
+    assert sum(scored[0].answer) == len(yes)
+    (open_prompt,) = found._replies([(*prompt, opens)], [Generation((*hm, closes, *yes), -9.0, True)])
+    assert open_prompt.text == "yes"
+
+
 @pytest.mark.parametrize("line", ["{ cut", "[]", '{"messages": []}', '{"messages": [{"role": "user"}], "reply": "x"}'])
 def test_a_bad_line_of_a_recording_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "replies.jsonl"
@@ -443,7 +497,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_busy_endpoint_is_waited_for_as_it_asks(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("compress.endpoint.time.sleep", pauses.append)
+    monkeypatch.setattr("compress.endpoint.Ending.pause", lambda _, seconds: pauses.append(seconds))
 
     def busy(handler: Any, body: Any, number: int) -> None:
         if number == 1:

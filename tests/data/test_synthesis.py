@@ -24,6 +24,7 @@ from compress.data.synthesis.instruction import magpie
 from compress.data.synthesis.novelty import Known
 from compress.data.synthesis.params import MagpieParams
 from compress.encoding import encode_rows, load_tokenizer
+from compress.endpoint import Reply
 from compress.errors import ModelError, UserError
 from compress.teachers import LocalTeacher
 from tests.data.stages import make_context
@@ -78,16 +79,14 @@ class Author:
     seeds: list[int] = field(default_factory=list)
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-        if prompts and list(prompts[0]) == [1, 2]:
-            self.seeds.append(options["seed"])
-            assert options["stop_ids"] == [END]
-            return [self._request() for _ in prompts]
-        found = []
-        for prompt in prompts:
-            text, logprob = self.answers[self.tokenizer.decode(prompt[2:-2])]
-            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            found.append(Generation(ids, logprob, text != '{"name":"long"}'))
-        return found
+        assert all(list(prompt) == [1, 2] for prompt in prompts)
+        self.seeds.append(options["seed"])
+        assert options["stop_ids"] == [END]
+        return [self._request() for _ in prompts]
+
+    def answer(self, conversations: Sequence[Any], **_: Any) -> list[Reply]:
+        found = [self.answers[conversation[-1]["content"]] for conversation in conversations]
+        return [Reply(text, logprob, text != '{"name":"long"}') for text, logprob in found]
 
     def _request(self) -> Generation:
         text = self.says[self.said % len(self.says)]

@@ -13,17 +13,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from compress.context import StageContext, StageResult
+from compress.data.asking import Asker
 from compress.data.condensation.params import SelfDistillationParams
 from compress.data.funnel import finish
-from compress.data.journal import Journal
 from compress.data.rows import Row, canonical_json, make_row, read_rows
 from compress.data.selection.near_duplicates import answer_key
 from compress.data.turns import Message
 from compress.endpoint import Reply
-from compress.errors import UserError
+from compress.thoughts import split_thoughts
 
 CHUNK = 64  # rows rewritten between two checkpoints
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
@@ -41,14 +40,13 @@ def self_distillation(params: SelfDistillationParams, ctx: StageContext) -> Stag
         UserError: there is no teacher.
         DataError: there are no rows.
     """
-    if ctx.teacher is None:
-        raise UserError(ctx.name, "needs a teacher, but the profile names none", "", "Set teacher in the profile")
+    asker = Asker(ctx)
     rows = read_rows(ctx.inputs["data"])
     able = [i for i, row in enumerate(rows) if row.answer.strip() and row.prompt and row.prompt[-1]["role"] == "user"]
     asked = [i for i in able if chosen(rows[i].id, ctx.seed, params.share)]
     labels = {row.label for row in rows if row.label}
     rewritten, refused = 0, Counter[str]()
-    for index, reply in zip(asked, _rewrites([rows[i] for i in asked], params, ctx), strict=True):
+    for index, reply in zip(asked, _rewrites([rows[i] for i in asked], asker, params, ctx), strict=True):
         reason = objection(rows[index], reply, labels, params)
         if reason:
             refused[reason] += 1
@@ -66,7 +64,7 @@ def self_distillation(params: SelfDistillationParams, ctx: StageContext) -> Stag
     if asked and not rewritten:
         counts = ", ".join(f"{reason}: {n}" for reason, n in refused.most_common(3))
         notes.append(f"no answer was rewritten ({counts}); look at check, pattern and max_new_tokens")
-    return finish(ctx, rows, [], do="Check the source", metrics=metrics, notes=notes)
+    return finish(ctx, rows, [], do="Check the source", metrics=metrics, notes=notes + asker.notes())
 
 
 def chosen(row_id: str, seed: int, share: float) -> bool:
@@ -95,7 +93,7 @@ def objection(row: Row, reply: Reply, labels: Iterable[str], params: SelfDistill
     check = _check(row, labels) if params.check == "auto" else params.check
     if check == "none":
         return ""
-    wanted = result(row.answer, check, labels, params.pattern)
+    wanted = result(split_thoughts(row.answer).answer, check, labels, params.pattern)
     if wanted is None:
         return UNCHECKED
     return "" if result(text, check, labels, params.pattern) == wanted else OTHER
@@ -103,9 +101,10 @@ def objection(row: Row, reply: Reply, labels: Iterable[str], params: SelfDistill
 
 def _check(row: Row, labels: Iterable[str]) -> str:
     """JSON, else the labels named, else the last number."""
-    if row.answer.strip()[:1] in ("{", "["):
+    answer = split_thoughts(row.answer).answer
+    if answer.strip()[:1] in ("{", "["):
         return "json"
-    return "label" if row.label and result(row.answer, "label", labels, "") else "number"
+    return "label" if row.label and result(answer, "label", labels, "") else "number"
 
 
 def result(text: str, check: str, labels: Iterable[str], pattern: str) -> str | None:
@@ -138,25 +137,19 @@ def _plain_number(text: str) -> str:
     return plain if plain == "0" else sign + plain
 
 
-def _rewrites(rows: Sequence[Row], params: SelfDistillationParams, ctx: StageContext) -> list[Reply]:
-    """The teacher's rewrites, in chunks that are kept."""
-    assert ctx.teacher is not None
-    journal = Journal(ctx.work, "rewrites")
+def _rewrites(rows: Sequence[Row], asker: Asker, params: SelfDistillationParams, ctx: StageContext) -> list[Reply]:
+    """The teacher's rewrites, in chunks; what is there is kept."""
     replies: list[Reply] = []
     with ctx.progress.bar("rewrites", len(rows)) as bar:
         for number, start in enumerate(range(0, len(rows), CHUNK)):
             chunk = rows[start : start + CHUNK]
-            kept: list[Any] | None = journal.get(number)
-            if kept is None:
-                found = ctx.teacher.answer(
-                    [conversation(row, params.request) for row in chunk],
-                    max_new_tokens=params.max_new_tokens,
-                    temperature=params.temperature,
-                    seed=(ctx.seed + number) % 2**31,
-                )
-                kept = [[r.text, r.mean_logprob if math.isfinite(r.mean_logprob) else None, r.finished] for r in found]
-                journal.put(number, kept)
-            replies += [Reply(text, math.nan if mean is None else mean, finished) for text, mean, finished in kept]
+            replies += asker.answers(
+                [conversation(row, params.request) for row in chunk],
+                place=f"rewrites/{start}",
+                max_new_tokens=params.max_new_tokens,
+                temperature=params.temperature,
+                seed=(ctx.seed + number) % 2**31,
+            )
             bar.advance(len(chunk))
     return replies
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from compress.context import StageContext, StageResult
 from compress.data.answer_loss import mark
+from compress.data.asking import Asker
 from compress.data.chunks import map_chunks
 from compress.data.condensation.k_center import farthest_points
 from compress.data.embeddings import hashed, normalised
 from compress.data.funnel import finish
-from compress.data.journal import Journal
 from compress.data.quality import disagreement, mixes
 from compress.data.quality.disagreement import Figures
 from compress.data.quality.params import MislabelParams, StabilizeParams
@@ -30,6 +30,7 @@ from compress.encoding import encode_rows
 from compress.endpoint import Reply
 from compress.errors import DataError, UserError
 from compress.teachers import Teacher
+from compress.thoughts import split_thoughts
 
 CHUNK = 256  # rows measured or answered between two checkpoints
 CONTRADICTED, UNSURE = "teacher contradicts the answer", "contradicted, and the teacher's own answer is unsure"
@@ -49,12 +50,12 @@ def mislabel(params: MislabelParams, ctx: StageContext) -> StageResult:
         DataError: no row has an answer, or none is left.
     """
     rows = read_rows(ctx.inputs["data"])
-    teacher = _teacher(ctx)
+    asker = Asker(ctx)
     at = [i for i, row in enumerate(rows) if row.is_chat and row.messages[-1]["role"] == "assistant" and row.prompt]
     if not at:
         raise DataError(ctx.name, "no row has a prompt and an answer", "chat rows", "Take this step out for texts")
-    finder = _contradicted if "score" in teacher.can else _answered_otherwise
-    suspects, replies, verdicts = finder(rows, at, teacher, params, ctx)
+    finder = _contradicted if "score" in asker.teacher.can else _answered_otherwise
+    suspects, replies, verdicts = finder(rows, at, asker, params, ctx)
     dropped: dict[int, Dropped] = {}
     relabelled = 0
     sure = disagreement.confident(
@@ -76,7 +77,7 @@ def mislabel(params: MislabelParams, ctx: StageContext) -> StageResult:
         [dropped[i] for i in sorted(dropped)],
         do="Raise min_margin, or choose a teacher that knows this task",
         metrics={"relabelled": relabelled, **{f"rows_{kind}": n for kind, n in sorted(verdicts.items())}},
-        notes=notes + _share_note(len(suspects), len(at)),
+        notes=[*notes, *_share_note(len(suspects), len(at)), *asker.notes(confidence=True)],
     )
 
 
@@ -94,13 +95,13 @@ def _teacher(ctx: StageContext) -> Teacher:
 
 
 def _contradicted(
-    rows: list[Row], at: Sequence[int], teacher: Teacher, params: MislabelParams, ctx: StageContext
+    rows: list[Row], at: Sequence[int], asker: Asker, params: MislabelParams, ctx: StageContext
 ) -> tuple[list[int], list[Reply], Counter[str]]:
     """Rows contradicted by the scores, the teacher's answers to them, and how many rows got which verdict.
 
     Writes the figures into ``rows``. Where ``same_call``, an answer that is the same but for its layout is let pass.
     """
-    figures = _figures([rows[i] for i in at], teacher, params, ctx)
+    figures = _figures([rows[i] for i in at], asker.teacher, params, ctx)
     verdicts: Counter[str] = Counter()
     suspects = []
     for index, found in zip(at, figures, strict=True):
@@ -114,13 +115,13 @@ def _contradicted(
             mean_logprob=round(found.mean_logprob, 6),
             margin=round(found.margin, 4),
             position=int(found.position),
-            scored=mark(teacher.identity, rows[index], params.max_tokens),
+            scored=mark(asker.teacher.identity, rows[index], params.max_tokens),
         )
         if kind == "contradicts":
             suspects.append(index)
     if not params.same_call and params.action == "drop":
         return suspects, [Reply("", math.nan, False)] * len(suspects), verdicts
-    replies = _answers([rows[i] for i in suspects], teacher, params, ctx)
+    replies = _answers([rows[i] for i in suspects], asker, params, ctx)
     if not params.same_call:
         return suspects, replies, verdicts
     differing = [(i, r) for i, r in zip(suspects, replies, strict=True) if not _same(rows[i], r)]
@@ -143,10 +144,10 @@ def _figures(
 
 
 def _answered_otherwise(
-    rows: list[Row], at: Sequence[int], teacher: Teacher, params: MislabelParams, ctx: StageContext
+    rows: list[Row], at: Sequence[int], asker: Asker, params: MislabelParams, ctx: StageContext
 ) -> tuple[list[int], list[Reply], Counter[str]]:
     """The same from answers alone: a suspect is a row answered otherwise with enough confidence."""
-    replies = _answers([rows[i] for i in at], teacher, params, ctx)
+    replies = _answers([rows[i] for i in at], asker, params, ctx)
     verdicts: Counter[str] = Counter()
     found = []
     for index, reply in zip(at, replies, strict=True):
@@ -154,33 +155,31 @@ def _answered_otherwise(
         same = _same(rows[index], reply)
         if known:
             rows[index] = rows[index].with_scores(ctx.name, agrees=same, teacher_logprob=round(reply.mean_logprob, 5))
-        sure = known and reply.finished and -reply.mean_logprob <= params.max_entropy
+        sure = known and reply.finished and bool(reply.text.strip()) and -reply.mean_logprob <= params.max_entropy
         verdicts["agrees" if same else "contradicts" if sure else "unsure"] += 1
         if sure and not same:
             found.append((index, reply))
     return [i for i, _ in found], [reply for _, reply in found], verdicts
 
 
-def _answers(rows: Sequence[Row], teacher: Teacher, params: MislabelParams, ctx: StageContext) -> list[Reply]:
-    """The teacher's greedy answers, in chunks that are kept."""
-    journal = Journal(ctx.work, "answers")
+def _answers(rows: Sequence[Row], asker: Asker, params: MislabelParams, ctx: StageContext) -> list[Reply]:
+    """The teacher's greedy answers, in chunks; what is there is kept."""
     replies: list[Reply] = []
     with ctx.progress.bar("teacher's answers", len(rows)) as bar:
-        for number, start in enumerate(range(0, len(rows), CHUNK)):
-            chunk = rows[start : start + CHUNK]
-            kept = journal.get(number)
-            if kept is None:
-                found = teacher.answer([row.prompt for row in chunk], max_new_tokens=params.max_new_tokens)
-                kept = [[r.text, r.mean_logprob if math.isfinite(r.mean_logprob) else None, r.finished] for r in found]
-                journal.put(number, kept)
-            replies += [Reply(text, math.nan if mean is None else mean, finished) for text, mean, finished in kept]
-            bar.advance(len(chunk))
+        for start in range(0, len(rows), CHUNK):
+            asked = [row.prompt for row in rows[start : start + CHUNK]]
+            replies += asker.answers(asked, place=f"mislabel/{start}", max_new_tokens=params.max_new_tokens)
+            bar.advance(len(asked))
     return replies
 
 
 def _same(row: Row, reply: Reply) -> bool:
-    given = make_row(messages=({"role": "assistant", "content": reply.text},))
-    return reply.finished and answer_key(row) == answer_key(given)
+    """Whether both say the same, thoughts before the row's answer left aside."""
+    given, own = (
+        make_row(messages=({"role": "assistant", "content": text},))
+        for text in (reply.text, split_thoughts(row.answer).answer)
+    )
+    return reply.finished and answer_key(own) == answer_key(given)
 
 
 def _relabelled(row: Row, reply: Reply, stage: str) -> Row:

@@ -15,13 +15,11 @@ from itertools import combinations
 from typing import Any
 
 from compress.context import StageContext, StageResult
+from compress.data.asking import Asker
 from compress.data.funnel import finish
-from compress.data.journal import Journal
 from compress.data.rows import Row, canonical_json, chat_row, read_rows
 from compress.data.selection.near_duplicates import normal_text
 from compress.data.synthesis.params import ImpossibleParams
-from compress.errors import UserError
-from compress.teachers import Teacher
 
 SOURCE = "impossible"
 CHUNK = 64  # contexts sampled and judged between two checkpoints
@@ -40,21 +38,16 @@ def impossible(params: ImpossibleParams, ctx: StageContext) -> StageResult:
     Raises:
         UserError: there is no teacher.
     """
-    if ctx.teacher is None:
-        raise UserError(ctx.name, "needs a teacher, but the profile names none", "", "Set teacher in the profile")
+    asker = Asker(ctx)
     rows = read_rows(ctx.inputs["data"])
     contexts = [row for row in rows if row.user.strip() or row.text.strip()] if params.pairs_per_row else []
-    journal = Journal(ctx.work, "pairs")
     added: list[Row] = []
     seen: set[tuple[str, str]] = set()
     rejected, examples = Counter[str](), dict[str, list[Pair]]()
     with ctx.progress.bar("impossible", len(contexts)) as bar:
         for number, start in enumerate(range(0, len(contexts), CHUNK)):
             chunk = contexts[start : start + CHUNK]
-            groups: list[list[Pair]] | None = journal.get(number)
-            if groups is None:
-                groups = _judged(_samples(chunk, params, ctx.teacher, _seed(ctx.seed, number)), params, ctx.teacher)
-                journal.put(number, groups)
+            groups = _judged(_samples(chunk, params, asker, _seed(ctx.seed, number), start), params, asker, start)
             for row, pairs in zip(chunk, groups, strict=True):
                 kept = 0
                 for pair in pairs:
@@ -78,7 +71,7 @@ def impossible(params: ImpossibleParams, ctx: StageContext) -> StageResult:
     }
     often = ", ".join(f"{reason}: {count}" for reason, count in rejected.most_common(3))
     notes = [f"no pair passed ({often or 'no two different samples'})"] if contexts and not added else []
-    return finish(ctx, [*rows, *added], [], do="", metrics=metrics, notes=notes)
+    return finish(ctx, [*rows, *added], [], do="", metrics=metrics, notes=notes + asker.notes())
 
 
 def overlap(first: str, second: str) -> float:
@@ -113,15 +106,19 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"impossible/{seed}/{number}".encode()).digest()[:4], "little") >> 1
 
 
-def _samples(rows: Sequence[Row], params: ImpossibleParams, teacher: Teacher, seed: int) -> list[list[str]]:
-    """Different finished samples of every context, in the order drawn; each draw has its own seed."""
+def _samples(rows: Sequence[Row], params: ImpossibleParams, asker: Asker, seed: int, start: int) -> list[list[str]]:
+    """Different finished samples of every context, in the order drawn; each draw has its own seed.
+
+    ``start`` is the number of the first of ``rows``, which tells this call from the others.
+    """
     asked = [
         [{"role": "user", "content": params.context.replace("{text}", (row.user or row.text).strip())}] for row in rows
     ]
     found: list[dict[str, str]] = [{} for _ in rows]
     for draw in range(params.samples):
-        replies = teacher.answer(
+        replies = asker.answers(
             asked,
+            place=f"samples/{start}/{draw}",
             max_new_tokens=params.max_new_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -134,8 +131,8 @@ def _samples(rows: Sequence[Row], params: ImpossibleParams, teacher: Teacher, se
     return [list(texts.values()) for texts in found]
 
 
-def _judged(samples: Sequence[Sequence[str]], params: ImpossibleParams, teacher: Teacher) -> list[list[Pair]]:
-    """All pairs of every context; the judge is asked about those alone that fit."""
+def _judged(samples: Sequence[Sequence[str]], params: ImpossibleParams, asker: Asker, start: int) -> list[list[Pair]]:
+    """All pairs of every context; the judge is asked about those alone that fit. ``start`` as for `_samples`."""
     groups: list[list[Pair]] = [
         [{"first": a, "second": b, "reject": misfit(a, b, params)} for a, b in combinations(texts, 2)]
         for texts in samples
@@ -146,7 +143,7 @@ def _judged(samples: Sequence[Sequence[str]], params: ImpossibleParams, teacher:
         if not open_pairs:
             break
         asked = [[{"role": "user", "content": "".join(_question(params, p[one], p[two]))}] for p in open_pairs]
-        replies = teacher.answer(asked, max_new_tokens=params.max_judge_tokens)
+        replies = asker.answers(asked, place=f"judged/{start}/{one}", max_new_tokens=params.max_judge_tokens)
         for pair, reply in zip(open_pairs, replies, strict=True):
             pair["reject"] = "" if says_yes(reply.text) else ONE_WAY
     return groups

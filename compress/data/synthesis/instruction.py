@@ -21,14 +21,14 @@ from typing import Any
 from compress.answers import Generation
 from compress.context import StageContext, StageResult
 from compress.data.funnel import finish
-from compress.data.journal import Journal
 from compress.data.quality.mixes import NO_FUNCTION, count_groups, function_name, wanted_shares
 from compress.data.rows import Row, canonical_json, chat_row, read_rows
 from compress.data.selection.near_duplicates import normal_text
 from compress.data.synthesis.novelty import Known
 from compress.data.synthesis.params import MagpieParams
-from compress.encoding import bare_user_prefix, decode, encode_prompt, end_of_turn, special_ids
+from compress.encoding import bare_user_prefix, decode, end_of_turn, special_ids
 from compress.errors import ModelError, UserError
+from compress.journal import Journal
 from compress.teachers import Teacher
 
 SOURCE = "magpie"
@@ -143,16 +143,14 @@ class _Author:
         return "request is not whole characters" if "\ufffd" in text else ""
 
     def _answer(self, candidates: list[Candidate]) -> None:
-        prompts = [
-            encode_prompt([{"role": "user", "content": candidate["user"]}], self.teacher.tokenizer)
-            for candidate in candidates
-        ]
-        answers = self.teacher.generate(
-            prompts, max_new_tokens=self.params.max_answer_tokens, batch_size=self.params.batch_size
+        answers = self.teacher.answer(
+            [[{"role": "user", "content": candidate["user"]}] for candidate in candidates],
+            max_new_tokens=self.params.max_answer_tokens,
+            batch_size=self.params.batch_size,
         )
         for candidate, answer in zip(candidates, answers, strict=True):
-            candidate["answer"] = decode(answer.ids, self.teacher.tokenizer).strip()
-            candidate["logprob"] = round(answer.mean_logprob, 6)
+            candidate["answer"] = answer.text.strip()
+            candidate["logprob"] = round(answer.mean_logprob, 6) if math.isfinite(answer.mean_logprob) else None
             candidate["finished"] = answer.finished
 
 
@@ -217,7 +215,10 @@ class _Harvest:
             (not candidate["finished"], "answer does not end"),
             (not answer, "answer is empty"),
             (self.params.answer_format == "json" and not _is_object(answer), "answer does not parse"),
-            (not candidate["logprob"] >= self.params.min_logprob, "answer is not confident"),
+            (
+                candidate["logprob"] is None or candidate["logprob"] < self.params.min_logprob,
+                "answer is not confident",
+            ),
         )
         plain = next((reason for failed, reason in checks if failed), "")
         # the last: another draw of the same round may have come first

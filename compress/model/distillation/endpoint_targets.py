@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.endpoint import Refused, Unanswered
 from compress.endpoint_logprobs import Place, PromptScorer
 from compress.errors import UserError
+from compress.journal import Journal
 from compress.model.distillation.cache import Coded, TargetCache, tensors_of
 from compress.model.distillation.filling import Asked, EvenBatch, Said, fill
 from compress.model.distillation.packing import Indices, RowTable
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from compress.model.distillation.params import LogitsParams
     from compress.teachers import EndpointTeacher
 
-SHARD_POSITIONS = 2_048  # a failure loses at most what the server said of these
+SHARD_POSITIONS = 2_048  # what the server said of a shard's rows is kept row by row until the shard is whole
+SAID = "said"  # the journal of the shard that is being filled
 BROKEN = "\ufffd"  # how a part of a character is written
 BY_NUMBER = "token_id:"  # vLLM writes ids so when it is told to
 
@@ -107,7 +110,7 @@ def endpoint_targets(
     Raises:
         UserError: a parameter that an endpoint cannot meet, a server that refuses, that cannot tell of given tokens,
             or that has another tokenizer.
-        EdgestillError: no usable reply after all attempts; the shards that are whole stay.
+        EdgestillError: no usable reply after all attempts; what the server said of other rows stays.
     """
     _check(params, ctx.name)
     codec = Codec("topk", params.top_k)
@@ -115,10 +118,12 @@ def endpoint_targets(
     scorer = PromptScorer(teacher.client, header.top_k)
     spelling = Spelling(named[0], table.vocab)
 
+    journal = Journal(folder, SAID)
+
     def code(batch: EvenBatch) -> Said:
         rows = batch.rows
         ids = [table.ids[table.starts[row] : table.starts[row] + table.lengths[row]].tolist() for row in rows]
-        said = scorer.places(ids)
+        said = _said(scorer, ids, [table.key(row).hex() for row in rows], journal)
         style = _style(spelling, ids, said, teacher.client.url)
         parts = []
         for row, tokens, places in zip(rows, ids, said, strict=True):
@@ -128,8 +133,32 @@ def endpoint_targets(
         return tensors_of(coded_places(parts, spelling, style, top_k=header.top_k))
 
     cache = TargetCache(folder, header)
-    fill(cache, Asked.of(table, wanted), code, ctx.progress, size=SHARD_POSITIONS, tokens=None)
+    try:
+        fill(cache, Asked.of(table, wanted), code, ctx.progress, size=SHARD_POSITIONS, tokens=None)
+    except (Refused, Unanswered) as error:
+        asked = range(len(table)) if wanted is None else wanted.tolist()
+        kept = sum(table.key(row) in cache or table.key(row).hex() in journal for row in asked)
+        if not kept:
+            raise
+        more = f"{kept} of {len(asked)} rows are kept; the same command asks for the others alone"
+        raise error.adding(more) from None
+    journal.clear()
     return CachedTargets(cache, table, wanted), cache_figures(cache)
+
+
+def _said(scorer: PromptScorer, ids: Sequence[list[int]], keys: Sequence[str], journal: Journal) -> list[list[Place]]:
+    """What the server says of rows (their ``ids``); asked is only what ``journal`` does not hold."""
+    missing = [at for at, key in enumerate(keys) if key not in journal]
+    if len(missing) == len(keys):
+        journal.clear()  # it is of the shard before, which is whole
+    try:
+        scorer.places(
+            [ids[at] for at in missing],
+            keep=lambda at, places: journal.put(keys[missing[at]], [place.as_json() for place in places]),
+        )
+    finally:
+        journal.sync()
+    return [[Place.of_json(place) for place in journal.get(key) or []] for key in keys]
 
 
 def _check(params: LogitsParams, where: str) -> None:

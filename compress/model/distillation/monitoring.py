@@ -68,7 +68,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a log; a kill may have cut the last one."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     return [parse_json(line, constants=True) for line in lines if line.endswith("}")]
 
 

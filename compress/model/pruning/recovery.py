@@ -105,7 +105,7 @@ def merged_log(logs: Sequence[Path], target: Path) -> None:
     for path in logs:
         if not path.is_file():
             continue
-        points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        points = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for point in points:
             kept = {name: value for name, value in point.items() if name != TIMED}
             lines.append(json_text(kept | {"step": point["step"] + offset}) + "\n")
