@@ -64,9 +64,9 @@ def end() -> None:
     aside.real.close()
     lines = told(aside.path.read_text(encoding="utf-8", errors="replace"))
     for line in lines[:SHOWN_LINES]:
-        print(f"note: {line}", file=sys.stderr)
+        sys.stderr.write(f"note: {line}\n")
     if len(lines) > SHOWN_LINES:
-        print(f"note: {len(lines) - SHOWN_LINES} more messages of libraries: {aside.path}", file=sys.stderr)
+        sys.stderr.write(f"note: {len(lines) - SHOWN_LINES} more messages of libraries: {aside.path}\n")
     else:
         aside.path.unlink(missing_ok=True)
 
