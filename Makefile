@@ -127,7 +127,7 @@ dockerfile-lint: setup
 
 # The same bundle here and on emulated Arm cores: the same tokens? Debian or Ubuntu, no root; a few minutes.
 emulate-arm64: setup
-	$(BIN)/python benchmarks/emulate_arm64.py
+	$(BIN)/python -m benchmarks.emulate_arm64
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

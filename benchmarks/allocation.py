@@ -1,6 +1,6 @@
 """Is it the measured sensitivities that make mixed bits better? Against the same budget spent at random.
 
-    PYTHONPATH=. python benchmarks/allocation.py MODEL TEXT [--bits 3.5] [--seeds 3]
+    python -m benchmarks.allocation MODEL TEXT [--bits 3.5] [--seeds 3]
 
 MODEL and TEXT as in benchmarks/quantizers.py. Each seed draws calibration rows anew. The control solves the same
 knapsack with the sensitivities dealt to other parts of the same kind: the same budget, the choice a matter of chance.

@@ -1,6 +1,6 @@
 """Every quantizer on the quickstart's own student: exact match on its test, divergence, bits and bytes.
 
-    python benchmarks/assistant_bits.py .edgestill [--bits 2 3 4] [--seeds 3] [--rows 1000] [--calibration]
+    python -m benchmarks.assistant_bits .edgestill [--bits 2 3 4] [--seeds 3] [--rows 1000] [--calibration]
 
 Takes the pruned student and the rows of a finished quickstart from the store. Exact match is over the first test rows:
 the answer that greedy decoding would write. With ``--calibration`` GPTQ alone is run with rows from the end of the data
@@ -16,9 +16,9 @@ from pathlib import Path
 from random import Random
 
 import torch
-from quantizers import MAIN, HeldOut, logprobs, show, study
-from quickstart import lines, newest
 
+from benchmarks.quantizers import MAIN, HeldOut, logprobs, show, study
+from benchmarks.quickstart import lines, newest
 from compress.data.rows import Row, chat_row, read_rows, write_rows
 from compress.encoding import encode_prompt, encode_rows, load_tokenizer, stop_ids
 from compress.model.calibration import batches

@@ -1,6 +1,6 @@
 """Every way to distill on the quickstart's task: exact match and divergence at equal steps and at equal time.
 
-    python benchmarks/assistant_ways.py .edgestill [--steps 200] [--more 60] [--long 800] [--seeds 0 1 2]
+    python -m benchmarks.assistant_ways .edgestill [--steps 200] [--more 60] [--long 800] [--seeds 0 1 2]
 
 Takes the rows of a finished quickstart from the store. First part: all ways start from the same student of the
 quickstart's first shape and take ``--steps`` steps of 1,024 tokens; the labels alone also take two and four times as
@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from assistant_bits import exact_match
-from on_policy import shuffled
-from quickstart import DATA, lines, newest
 
+from benchmarks.assistant_bits import exact_match
+from benchmarks.on_policy import shuffled
+from benchmarks.quickstart import DATA, lines, newest
 from compress.context import StageContext
 from compress.data.rows import chat_row, read_rows
 from compress.encoding import encode_rows, load_tokenizer

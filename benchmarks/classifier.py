@@ -1,6 +1,6 @@
 """What a teacher wins for a small classifier with few labels, and what its attributions add, at equal steps.
 
-    python benchmarks/classifier.py SNIPS [--seeds 3] [--steps 150] [--labels 3] [--rows 300] [--teacher-rows 1500]
+    python -m benchmarks.classifier SNIPS [--seeds 3] [--steps 150] [--labels 3] [--rows 300] [--teacher-rows 1500]
         [--teacher-steps 200] [--points 32] [--only NAME ...]
 
 SNIPS is the folder of the intent data (``train_*.json``, ``validate_*.json``). The teacher is trained here, from

@@ -1,6 +1,6 @@
 """What a teacher with another tokenizer wins for a student of bytes, against its labels alone, at equal steps.
 
-    python benchmarks/cross_tokenizer.py MODEL STORIES [--seeds 3] [--steps 400] [--rows 2000] [--bytes 256]
+    python -m benchmarks.cross_tokenizer MODEL STORIES [--seeds 3] [--steps 400] [--rows 2000] [--bytes 256]
         [--warm-steps 0] [--only NAME ...]
 
 MODEL is a plain checkpoint (stories260k), STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories

@@ -1,6 +1,6 @@
 """Does what the data steps do reach the student? Each step on and off, at equal optimizer steps, over several seeds.
 
-    python benchmarks/data_ablation.py .edgestill --steps 400 --seeds 3
+    python -m benchmarks.data_ablation .edgestill --steps 400 --seeds 3
 
 Takes the rows of a finished quickstart from the store: what IFD left, the same with the invented rows, 2,000 of these
 by k-center and by chance, and the condensed rows before and after the mix was evened out. On each, a student of the
@@ -17,8 +17,8 @@ from pathlib import Path
 from random import Random
 
 import torch
-from quickstart import DATA, lines, newest
 
+from benchmarks.quickstart import DATA, lines, newest
 from compress.context import StageContext
 from compress.data.condensation.k_center import k_center
 from compress.data.condensation.params import KCenterParams

@@ -1,7 +1,8 @@
 """Prefill and decode beside llama.cpp and onnxruntime-genai's own default, on the shapes of two small models.
 
-    python benchmarks/decode.py --llama-python /tmp/llama/bin/python > table.md
+    python -m benchmarks.decode --llama-python /tmp/llama/bin/python > table.md
 
+A ratio is the lowest of three runs on a quiet machine (`benchmarks.quiet`); beside load no table is printed.
 Makes a seeded random checkpoint of each shape, quantizes and exports it with edgestill, tunes the bundle, builds the
 default int4 model with onnxruntime-genai's builder, and Q4_0 and Q4_K_M files with llama.cpp's own quantizer. Then all
 contenders stay open, each in a process of its own, and are timed in turn, so that a busy moment hits all alike. Weights
@@ -19,10 +20,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.quiet import QuietRuns
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -270,7 +274,15 @@ def llama_request(request: dict[str, Any]) -> Callable[[], tuple[float, float]]:
 
 def race(rows: list[Contender], options: argparse.Namespace) -> None:
     """Time all contenders in turn."""
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        _race(rows, options, processes)
+    finally:
+        for process in processes:
+            process.communicate()
+
+
+def _race(rows: list[Contender], options: argparse.Namespace, processes: list[subprocess.Popen[str]]) -> None:
     for row in rows:
         request = row.request | {"prompt": options.prompt, "new": options.new}
         command = [row.python, __file__, "--worker", json.dumps(request)]
@@ -288,8 +300,31 @@ def race(rows: list[Contender], options: argparse.Namespace) -> None:
             row.prefill.append(first)
             row.decode.append(each)
             time.sleep(0.1)  # its threads come to rest
-    for process in processes:
-        process.communicate()
+
+
+def against(row: Contender, base: Contender) -> tuple[float, float]:
+    """Speed over that of ``base`` in prefill and decode: medians of the ratios within each round."""
+    both = ((row.prefill, base.prefill), (row.decode, base.decode))
+    prefill, decode = (statistics.median(b / a for a, b in zip(mine, its, strict=True)) for mine, its in both)
+    return prefill, decode
+
+
+def base_of(rows: Sequence[Contender]) -> Contender | None:
+    """The contender that ratios are told against, where it takes part."""
+    return next((row for row in rows if row.name == "llama.cpp Q4_0"), None)
+
+
+def quiet_races(rows: list[Contender], options: argparse.Namespace) -> tuple[list[list[Contender]], QuietRuns]:
+    """Three races, each on a quiet machine; the contenders of each with their times."""
+    from benchmarks.quiet import RUNS, QuietRuns  # a worker runs in an environment that has no psutil
+
+    runs, found = QuietRuns(options.wait), []
+    for _ in range(RUNS):
+        these = [replace(row, prefill=[], decode=[]) for row in rows]
+        with runs.run():
+            race(these, options)
+        found.append(these)
+    return found, runs
 
 
 def bandwidth(threads: int) -> float:
@@ -301,30 +336,30 @@ def bandwidth(threads: int) -> float:
     return float(done.stdout)
 
 
-def show(shape: str, rows: list[Contender], read: float, options: argparse.Namespace) -> None:
-    """Print the table of one shape."""
+def lines(shape: str, races: Sequence[Sequence[Contender]], read: float, options: argparse.Namespace) -> list[str]:
+    """The table of one shape: of each contender the run with the lowest ratio in decode, and the lowest in prefill."""
+    from benchmarks.quiet import lowest
+
     prompt, new = options.prompt, options.new
-    base = next((row for row in rows if row.name == "llama.cpp Q4_0"), None)
-    print(f"\n## {shape}, prompt {prompt}, {new} new tokens, median of {options.repeats} in turn\n")
-    print(
-        "| | linears | embedding and head | file MB | prefill tok/s | decode tok/s | of the read bound | against Q4_0 |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        prefill, decode = prompt / statistics.median(row.prefill), 1 / statistics.median(row.decode)
-        against = "-"
-        if base is not None:
-            pairs = [
-                [b / a for a, b in zip(mine, its, strict=True)]
-                for mine, its in ((row.prefill, base.prefill), (row.decode, base.decode))
-            ]
-            against = "{:.2f} / {:.2f}".format(*(statistics.median(pair) for pair in pairs))
-        share = decode * row.read_bytes / read
-        figures = (f"{row.file_bytes / 1e6:.0f}", f"{prefill:.0f}", f"{decode:.0f}", f"{share:.0%}", against)
-        print(f"| {' | '.join((row.name, row.linears, row.head, *figures))} |")
-    cores = len(os.sched_getaffinity(0))
-    print(f"\nSequential read {read / 1e9:.1f} GB/s; load average {os.getloadavg()[0]:.1f} on {cores} cores. Against")
-    print("Q4_0: prefill / decode, median of the ratios within each round. Weights are random: no quality is compared.")
+    heads = "linears | embedding and head | file MB | prefill tok/s | decode tok/s | of the read bound | against Q4_0"
+    found = [
+        f"\n## {shape}, prompt {prompt}, {new} new tokens, median of {options.repeats}, lowest of {len(races)} runs",
+        "",
+        f"| | {heads} |",
+        "|---" * 8 + "|",
+    ]
+    for at, row in enumerate(races[0]):
+        told = [(run[at], base_of(run)) for run in races]
+        ratios = [against(mine, base) for mine, base in told if base is not None]
+        slowest = lowest([mine for mine, _ in told], lambda mine: 1 / statistics.median(mine.decode))
+        if ratios:
+            slowest = told[ratios.index(lowest(ratios, lambda ratio: ratio[1]))][0]
+        prefill, decode = prompt / statistics.median(slowest.prefill), 1 / statistics.median(slowest.decode)
+        words = "{:.2f} / {:.2f}".format(*(min(ends) for ends in zip(*ratios, strict=True))) if ratios else "-"
+        figures = (f"{row.file_bytes / 1e6:.0f}", f"{prefill:.0f}", f"{decode:.0f}")
+        share = f"{decode * row.read_bytes / read:.0%}"
+        found.append(f"| {' | '.join((row.name, row.linears, row.head, *figures, share, words))} |")
+    return found
 
 
 def main() -> None:
@@ -340,6 +375,8 @@ def main() -> None:
         str(ROOT),
         *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent),
     ]
+    from benchmarks.quiet import add_option
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma between")
     parser.add_argument("--work", type=Path, default=Path("decode-bench"), help="folder for models, kept between runs")
@@ -348,8 +385,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
+    add_option(parser)
     options = parser.parse_args()
     options.work = options.work.resolve()
+    tables: list[str] = []
     for shape in options.shapes.split(","):
         (options.work / shape).mkdir(parents=True, exist_ok=True)
         once(options.work / shape / "model", lambda out, shape=shape: make_checkpoint(shape, out))  # type: ignore[misc]
@@ -360,8 +399,14 @@ def main() -> None:
         else:
             rows += [llama(shape, kind, options) for kind in ("Q4_0", "Q4_K_M")]
         read = bandwidth(len(os.sched_getaffinity(0)))
-        race(rows, options)
-        show(shape, rows, read, options)
+        races, runs = quiet_races(rows, options)
+        tables += lines(shape, races, read, options)
+        tables += ["", f"Sequential read {read / 1e9:.1f} GB/s; {runs.told()}. Against Q4_0: prefill / decode,"]
+        tables.append(
+            "the lowest of the runs, each the median of its rounds' ratios. Weights are random: no quality is"
+        )
+        tables.append("compared.")
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":

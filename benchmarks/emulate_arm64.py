@@ -1,7 +1,7 @@
 """The same bundle here and on emulated 64-bit Arm cores: are the tokens the same, and how far apart are the logits?
 
-    python benchmarks/emulate_arm64.py                 # the embedded teacher, rounded to 4 bits, exported two ways
-    python benchmarks/emulate_arm64.py BUNDLE          # a bundle of yours
+    python -m benchmarks.emulate_arm64                 # the embedded teacher, rounded to 4 bits, exported two ways
+    python -m benchmarks.emulate_arm64 BUNDLE          # a bundle of yours
 
 qemu translates one program at a time (user mode), so that neither root nor a chroot is needed: Debian's arm64 Python
 is unpacked by apt-get and dpkg-deb into ``build/arm64``, the aarch64 wheels of the runtime, in the versions that are

@@ -1,6 +1,6 @@
 """Impossible Distillation by the quickstart's teacher: a model that only makes calls yields pairs of paraphrases.
 
-    PYTHONPATH=. python benchmarks/impossible.py .edgestill [--seeds 0 1 2] [--contexts 500] [--steps 400]
+    python -m benchmarks.impossible .edgestill [--seeds 0 1 2] [--contexts 500] [--steps 400]
 
 The embedded teacher turns a request into a call; it has never seen a paraphrase. From the beginnings of requests in a
 finished quickstart it writes requests on (``data.synthesis.impossible``), and judges a pair by its own calls: one
@@ -29,8 +29,8 @@ from random import Random
 from typing import Any
 
 import torch
-from quickstart import DATA, lines, newest
 
+from benchmarks.quickstart import DATA, lines, newest
 from compress.context import StageContext
 from compress.data.rows import Row, chat_row, make_row, read_rows, write_rows
 from compress.data.synthesis.impossible import impossible, misfit, overlap

@@ -1,6 +1,6 @@
 """What each loss of distillation leaves of the divergence from the teacher, at equal steps, on a model of stories.
 
-    python benchmarks/losses.py MODEL STORIES [--seeds 3] [--steps 150] [--batch-tokens 1024] [--only NAME ...]
+    python -m benchmarks.losses MODEL STORIES [--seeds 3] [--steps 150] [--batch-tokens 1024] [--only NAME ...]
 
 MODEL is a plain checkpoint, STORIES a folder with ``train.txt`` and ``valid-stories.txt``, stories parted by lines
 ``<|endoftext|>``. The student is MODEL cut to half its parameters. Every row of a seed has the same start, rows, order,
@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from quantizers import shown, texts
 
+from benchmarks.quantizers import shown, texts
 from compress.context import StageContext
 from compress.data.rows import make_row
 from compress.encoding import TokenRow, encode_rows, load_tokenizer

@@ -1,6 +1,6 @@
 """Does a student that learns from its own text write what its teacher finds likely? At equal steps and equal time.
 
-    python benchmarks/on_policy.py MODEL TEXTS --warm 300 --steps 60 [--only NAME ...]
+    python -m benchmarks.on_policy MODEL TEXTS --warm 300 --steps 60 [--only NAME ...]
 
 MODEL is a checkpoint folder, TEXTS a file of stories with <|endoftext|> between them. Every way starts from the same
 student of half the teacher's size, distilled for ``--warm`` steps on the rows, and gets the same rows, steps and rate;

@@ -1,6 +1,6 @@
 """What training through the rounding wins at 2 and 3 bits, against rounding, clip and GPTQ, on a model of stories.
 
-    python benchmarks/qat.py MODEL STORIES [--bits 2 3] [--seeds 3] [--steps 100] [--batch-tokens 4096]
+    python -m benchmarks.qat MODEL STORIES [--bits 2 3] [--seeds 3] [--steps 100] [--batch-tokens 4096]
         [--rows N] [--only NAME ...]
 
 MODEL is a plain checkpoint, STORIES a folder with ``train*.txt`` and ``valid-stories.txt``, stories parted by lines
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantizers import HeldOut, held_out, once, texts
 
+from benchmarks.quantizers import HeldOut, held_out, once, texts
 from compress.data.rows import make_row, write_rows
 from compress.model.distillation.losses import States
 from compress.model.quantization import qat_stage

@@ -1,7 +1,7 @@
 """Our quantizers against GPTQModel, HQQ and llama.cpp on one model: quality at equal bits, time and peak memory.
 
     make peers   # the strangers' environments under build/interop
-    PYTHONPATH=. python benchmarks/quantization.py MODEL TEXT [--bits 4] [--seeds 3]
+    python -m benchmarks.quantization MODEL TEXT [--bits 4] [--seeds 3]
 
 MODEL is a plain checkpoint, TEXT holds ``train.txt`` (calibration, drawn anew for each seed, the same rows for all)
 and ``valid-stories.txt`` (scored, seen by none). Each contender quantizes the linears of the decoder layers in a

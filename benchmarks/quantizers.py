@@ -1,6 +1,6 @@
 """Every quantizer at 2, 3 and 4 bits on one model: held-out perplexity, divergence, bits and bytes, as Markdown.
 
-    python benchmarks/quantizers.py MODEL TEXT [--bits 2 3 4] [--seeds 3] [--only AWQ GPTQ] [--tokens 32768]
+    python -m benchmarks.quantizers MODEL TEXT [--bits 2 3 4] [--seeds 3] [--only AWQ GPTQ] [--tokens 32768]
 
 MODEL is a plain checkpoint folder. TEXT holds ``train.txt``, from which calibration rows are drawn anew with each
 seed, and ``valid-stories.txt`` (or the file of ``--valid``), which no quantizer sees; texts are parted by lines

@@ -1,6 +1,6 @@
 """What the data steps of a finished quickstart found of the planted noise, and how the bundle does on unseen calls.
 
-    python benchmarks/quickstart.py .edgestill
+    python -m benchmarks.quickstart .edgestill
 
 Reads the newest run in the store: for every kind of planted noise how many rows which step took out, how many clean
 rows went, and the exact match on test rows whose very call stands, or does not stand, in the rows that training saw.

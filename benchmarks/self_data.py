@@ -1,6 +1,6 @@
 """Does a pruned student recover better on answers that its unpruned teacher wrote than on the original ones?
 
-    python benchmarks/self_data.py MODEL STORIES [--rows FILE] [--seeds 0 1 2] [--steps 80] [--only NAME ...]
+    python -m benchmarks.self_data MODEL STORIES [--rows FILE] [--seeds 0 1 2] [--steps 80] [--only NAME ...]
 
 MODEL is a plain checkpoint that continues stories, STORIES a folder with ``train.txt`` and ``valid-stories.txt``. A
 prompt is a paragraph and its answer the next one, of ``train.txt`` or of another file (``--rows``, paragraphs parted by
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from on_policy import teacher_loss, written
-from quantizers import shown, texts
 
+from benchmarks.on_policy import teacher_loss, written
+from benchmarks.quantizers import shown, texts
 from compress.context import StageContext
 from compress.data.condensation.params import SelfDistillationParams
 from compress.data.condensation.self_distillation import self_distillation

@@ -1,7 +1,7 @@
 """What the teacher's targets are worth: codecs of the cache against the whole distribution, one teacher against two.
 
-    PYTHONPATH=. python benchmarks/targets.py MODEL STORIES --codecs
-    PYTHONPATH=. python benchmarks/targets.py MODEL STORIES --teachers PLAYS WIKI
+    python -m benchmarks.targets MODEL STORIES --codecs
+    python -m benchmarks.targets MODEL STORIES --teachers PLAYS WIKI
 
 MODEL is the folder of stories260k, STORIES a text file of stories, PLAYS and WIKI plain text files that two copies of
 MODEL are first trained on. Students are MODEL cut to half its parameters, trained on the teacher's word alone

@@ -1,6 +1,6 @@
 """Trains the larger model of the quantization tables from scratch: a Llama on short stories, for an hour of CPU.
 
-    python benchmarks/train_stories.py STORIES --out FOLDER [--minutes 60] [--threads 1]
+    python -m benchmarks.train_stories STORIES --out FOLDER [--minutes 60] [--threads 1]
 
 STORIES is a folder with ``train*.txt`` and ``valid-stories.txt``, stories parted by lines ``<|endoftext|>``. The
 checkpoint of the lowest validation loss is kept, with the curve in ``training.json``. Head size 64 suits every

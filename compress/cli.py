@@ -90,6 +90,16 @@ def refuse_empty(arguments: Sequence[str]) -> None:
             )
 
 
+@contextmanager
+def own_output() -> Iterator[None]:
+    """Show what libraries wrote in the meantime once the command is done, however it ends."""
+    try:
+        yield
+    finally:
+        if "compress.library_output" in sys.modules:  # loaded by commands that work
+            sys.modules["compress.library_output"].end()
+
+
 class Group(TyperGroup):
     """The command group, with errors mapped for every command alike."""
 
@@ -101,7 +111,7 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
-        with exit_codes():
+        with exit_codes(), own_output():
             interrupts.hand_over()
             return super().invoke(ctx)
 
@@ -138,10 +148,11 @@ def open_store(folder: Path | None) -> Store:
 
 
 def progress(quiet: bool = False) -> Progress:
-    """Progress on standard error."""
+    """Progress on standard error, on which libraries write nothing until the command ends."""
+    from compress import library_output
     from compress.progress import Progress
 
-    return Progress(quiet=quiet)
+    return Progress(quiet=quiet, stream=library_output.begin())
 
 
 def show(text: str) -> None:
@@ -290,11 +301,9 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
     if as_json:
         show_json({"metrics": metrics, "notes": notes})
         return
-    from compress.files import json_text
+    from compress import terminal
 
-    for name, value in metrics.items():
-        shown = f"{value:z.6g}" if isinstance(value, float) else value
-        show(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
+    terminal.show_figures(metrics, terminal.console())
     for note in notes:
         show(f"note: {safe_to_show(note)}")
 

@@ -7,7 +7,7 @@ when they have something to show. Knows nothing of how figures came about.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,7 @@ from compress.errors import printable
 from compress.run_record import Measure, RunRecord, SummaryRow
 
 NAMES = {"teacher": "teacher", "student": "student", "bundle": "student, quantized bundle"}
+MOST_LINES, MOST_LETTERS = 24, 100  # of one table inside of a stage's figures, and of a value
 MARKS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
@@ -195,6 +196,43 @@ def figure(value: float | None, unit: str) -> str:
     if unit == "s":
         return human_seconds(value)
     return f"{human_count(value)} {unit}".strip()
+
+
+def show_figures(metrics: Mapping[str, Any], out: Console) -> None:
+    """What a stage told, as one table: a figure a line; what is longer than a line stands in the JSON alone."""
+    table = Table("figure", "value")
+    for name, shown in flat_figures(metrics):
+        table.add_row(escape(printable(name)), escape(printable(shown)))
+    out.print(table)
+
+
+def flat_figures(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Name and text of every figure; tables inside of tables get dotted names, and long ones are counted."""
+    found: list[tuple[str, str]] = []
+    for name, value in metrics.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value):
+            found.append((path, quality(cast(Measure, value))))
+        elif isinstance(value, Mapping) and value:
+            inner = flat_figures(value, f"{path}.")
+            found += inner if len(inner) <= MOST_LINES else [(path, f"{len(inner)} figures, with --json")]
+        else:
+            found.append((path, _cell(value)))
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:z.6g}"
+    text = value if isinstance(value, str) else ""
+    if isinstance(value, list | tuple) and all(isinstance(one, int | float | str) for one in value):
+        text = ", ".join(_cell(one) for one in value)
+    elif not isinstance(value, str):
+        return f"{len(value)} entries, with --json" if value else "-"
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 14]}... --json"
 
 
 def show_findings(findings: Sequence[Finding], out: Console) -> None:

@@ -46,7 +46,7 @@ class ShardFolder(ABC):
             StoreError: the header cannot be read or written.
         """
         self.folder = folder
-        self.stored_bytes = 0  # of all shards: keys, counts and what stands beside them
+        self.stored_bytes = 0  # of all shards on disk, keys and file headers included
         self._next = 0  # number of the next shard
         self._check_header(header, later or {})
         for marker in sorted(folder.glob("shard-*.json")):
@@ -63,9 +63,10 @@ class ShardFolder(ABC):
         Raises:
             StoreError: the disk is full or the folder cannot be written.
         """
-        whole = self._write(self.folder / f"shard-{self._next:05d}.safetensors", keys, counts, tensors, **told)
+        path = self.folder / f"shard-{self._next:05d}.safetensors"
+        whole = self._write(path, keys, counts, tensors, **told)
         self._next += 1
-        self._take_over(whole)
+        self._take_over(whole, path)
 
     @abstractmethod
     def __contains__(self, key: bytes) -> bool:
@@ -131,7 +132,7 @@ class ShardFolder(ABC):
     def _open(self, marker: Path) -> None:
         tensors = self._tensors(marker)
         if tensors is not None:
-            self._take_over(tensors)
+            self._take_over(tensors, marker.with_suffix(".safetensors"))
 
     def _tensors(self, marker: Path) -> dict[str, Tensor] | None:
         """The tensors of a file, None where they cannot be trusted."""
@@ -147,9 +148,8 @@ class ShardFolder(ABC):
             return None
         return tensors
 
-    def _take_over(self, tensors: dict[str, Tensor]) -> None:
-        # not the files' sizes: where shards begin depends on what was asked for first
-        self.stored_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    def _take_over(self, tensors: dict[str, Tensor], path: Path) -> None:
+        self.stored_bytes += path.stat().st_size
         self._add(tensors)
 
 

@@ -211,7 +211,7 @@ def table():
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(module, "SHARD_POSITIONS", 100)
-    monkeypatch.setattr(module, "TEACHER_TOKENS", 64)
+    monkeypatch.setattr(module, "CACHE_TOKENS", 64)
 
 
 def files(folder):

@@ -65,15 +65,15 @@ def test_draws_teach_and_a_killed_stage_goes_on_to_the_same_bytes(ready, monkeyp
     assert figures["target_bytes_per_token_stored"] > 0
     ctx = ready("cut")
     with monkeypatch.context() as patch:
-        original, calls = targets_module.TargetCache.append, []
+        original, calls = targets_module.TargetCache.write, []
 
-        def dying(self, *args):
+        def dying(self, *args, **told):
             calls.append(1)
             if len(calls) == 3:
                 raise InterruptedError("killed")
-            original(self, *args)
+            original(self, *args, **told)
 
-        patch.setattr(targets_module.TargetCache, "append", dying)
+        patch.setattr(targets_module.TargetCache, "write", dying)
         with pytest.raises(InterruptedError, match="killed"):
             made(ctx, codec="sample", kd_weight=1.0)
     shutil.rmtree(ctx.out)

@@ -267,7 +267,11 @@ def _paired(params: CrossTokenizerParams, pairs: Pairs) -> Pairs:
 
 
 def _targets(
-    params: CrossTokenizerParams, ctx: StageContext, model: PreTrainedModel, lesson: _Lesson, wanted: Indices
+    params: CrossTokenizerParams,
+    ctx: StageContext,
+    model: PreTrainedModel,
+    lesson: _Lesson,
+    wanted: Indices | None = None,
 ) -> tuple[TargetFn, dict[str, Any]]:
     """The callable that the trainer asks, and figures; a cache is made, or gone on with, in the work folder."""
     ours, theirs, pairs = lesson.ours, lesson.theirs, lesson.pairs

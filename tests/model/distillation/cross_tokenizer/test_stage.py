@@ -103,7 +103,7 @@ def test_same_inputs_give_the_same_bytes_cached_or_resumed(ready, scratch, monke
     ctx = ready("cut")
     killed_while_saving(module, lambda ctx: distill(params, ctx), ctx)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "append", dying)  # the teacher is not asked again
+        patch.setattr(cache, "write", dying)  # the teacher is not asked again
         assert distill(params, ctx).metrics["resumed_from"] == 6
     assert files(ctx.out) == made_files[0]
 

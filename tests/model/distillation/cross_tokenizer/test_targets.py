@@ -10,6 +10,7 @@ import torch
 
 from compress.data.rows import make_row, write_rows
 from compress.errors import DataError, ModelError
+from compress.model.distillation import targets as targets_module
 from compress.model.distillation.cross_tokenizer import targets as module
 from compress.model.distillation.cross_tokenizer.cache import ChunkCache, ChunkHeader
 from compress.model.distillation.cross_tokenizer.pairs import Pairs, read_pairs
@@ -116,7 +117,7 @@ def test_the_teachers_scores_are_those_of_its_own_tokens(place):
 @pytest.mark.parametrize("edges", [True, False])
 def test_cached_scores_equal_online_scores(place, tmp_path, monkeypatch, edges):
     monkeypatch.setattr(module, "SHARD_CHUNKS", 100)
-    monkeypatch.setattr(module, "TEACHER_TOKENS", 256)
+    monkeypatch.setattr(targets_module, "CACHE_TOKENS", 256)
     header = dataclasses.replace(HEADER, columns=2 if edges else 1)
     cache = ChunkCache(tmp_path, header)
     online = place.teacher(edges=edges)
@@ -135,17 +136,17 @@ def test_a_filling_cut_short_goes_on_to_the_same_bytes(place, tmp_path, monkeypa
     class Killed(Exception):
         pass
 
-    append, calls = ChunkCache.append, []
+    write, calls = ChunkCache.write, []
 
-    def dying(self, *args):
+    def dying(self, *args, **told):
         calls.append(1)
         if len(calls) == 3:
             raise Killed("killed")
-        append(self, *args)
+        write(self, *args, **told)
 
     fill_cache(ChunkCache(tmp_path / "whole", HEADER), place.teacher(), QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(ChunkCache, "append", dying)
+        patch.setattr(ChunkCache, "write", dying)
         with pytest.raises(Killed, match="killed"):
             fill_cache(ChunkCache(tmp_path / "cut", HEADER), place.teacher(), QUIET)
     assert 1 < len(files(tmp_path / "cut")) < len(files(tmp_path / "whole"))
