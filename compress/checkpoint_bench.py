@@ -40,7 +40,7 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
     }
     with processes.held_input(json.dumps(request)) as given:
         done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-            processes.python("-m", "compress.checkpoint_bench"),
+            processes.tied(processes.python("-m", "compress.checkpoint_bench")),
             stdin=given,
             capture_output=True,
             text=True,

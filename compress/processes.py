@@ -59,11 +59,14 @@ def python(*arguments: str) -> list[str]:
 
 
 _TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9)\n"  # PR_SET_PDEATHSIG of linux/prctl.h, SIGKILL
-_TIED += "if os.getppid() == int(sys.argv[1]): os.execvp(sys.argv[2], sys.argv[2:])"
+_TIED += "try:\n if os.getppid() == int(sys.argv[1]): os.execvp(sys.argv[2], sys.argv[2:])\n"
+_TIED += (
+    "except OSError as error: print(f'{sys.argv[2]}: {error.strerror}', file=sys.stderr); sys.exit(127)"  # as a shell
+)
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """``command``, a program that is not ours and watches nothing, so that the system ends it with this process.
+    """``command`` so that the system ends it with this process, also one that watches nothing, or is busy loading.
 
     It must be started by a thread that waits for it, for it ends with that thread. Linux alone can do this; elsewhere
     the command is as it was.

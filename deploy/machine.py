@@ -63,7 +63,7 @@ def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEV
     try:
         with processes.held_input() as given:
             done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-                processes.python("-m", "deploy.machine", *map(str, (threads, side, accuracy_level))),
+                processes.tied(processes.python("-m", "deploy.machine", *map(str, (threads, side, accuracy_level)))),
                 stdin=given,
                 capture_output=True,
                 text=True,

@@ -250,7 +250,7 @@ class Workers:
             "new_tokens": self.params.new_tokens,
         }
         process = subprocess.Popen(  # noqa: S603 - our own module, arguments as a list
-            processes.python("-m", "deploy.tune_worker", json.dumps(request)),
+            processes.tied(processes.python("-m", "deploy.tune_worker", json.dumps(request))),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

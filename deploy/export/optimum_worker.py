@@ -5,6 +5,7 @@ usage: optimum_worker.py MODEL_FOLDER OUT_FOLDER
 Stands alone on purpose: edgestill is not installed where optimum-onnx is.
 """
 
+import ctypes
 import os
 import sys
 import threading
@@ -28,7 +29,9 @@ def main(source: str, out: str) -> None:
 
 
 def leave_with_parent() -> None:
-    """End this process when standard input closes: whoever asked is gone."""
+    """End this process when standard input closes, or when Linux sees whoever asked die."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG of linux/prctl.h, SIGKILL
 
     def wait() -> None:
         while os.read(0, 1024):

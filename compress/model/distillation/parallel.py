@@ -224,7 +224,7 @@ def _started(size: int, where: str) -> Iterator[Team]:
         try:
             for rank in range(1, size):
                 log = folder / f"{rank}.log"
-                command = processes.python("-c", _SERVE, str(folder), str(rank), str(size))
+                command = processes.tied(processes.python("-c", _SERVE, str(folder), str(rank), str(size)))
                 env = processes.environment()
                 with log.open("wb") as file:
                     child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
