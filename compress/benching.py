@@ -14,8 +14,8 @@ from typing import Any, cast
 from compress.context import StageResult
 from compress.errors import UserError
 from compress.progress import Progress
-from compress.single import Request, present, run_stage, stage_and_params
-from deploy.bench import BENCH_FILE, OnDevice, bench_on
+from compress.single import Request, check_new, present, run_stage, stage_and_params
+from deploy.bench import OnDevice, bench_on
 from deploy.bundle import open_bundle
 from deploy.params import BenchParams
 from deploy.remote.places import parse_place
@@ -61,8 +61,8 @@ def bench(
         if place.kind == "adb" and (where.folder or "").startswith("~"):
             got = f"got {where.folder!r}, and adb has no home to put it in"
             raise UserError("--remote-folder", got, "an absolute path, such as /data/local/tmp/edgestill/mine")
-        if out is not None and (out / BENCH_FILE).exists():
-            raise UserError(str(out / BENCH_FILE), "is there already", do="Give another name, or remove it first.")
+        if out is not None:
+            check_new(out, [bundle])
         on = OnDevice(open_device(place, ssh_config=where.ssh_config), where.python, where.folder)
         found = cast("BenchParams", params)
         result = bench_on(on, bundle, found, threads=threads, target=target, out=out, say=progress.say)

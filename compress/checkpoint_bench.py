@@ -8,7 +8,6 @@ Nothing here is meant for speed: it says what one has before export.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compress import processes
 from compress.assessment_params import CheckpointBenchParams
 from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError
+from compress.files import json_text, write_whole
 
 FILE = "bench.json"
 RUNTIME = "torch fp32"
@@ -36,26 +37,20 @@ def bench(params: CheckpointBenchParams, ctx: StageContext) -> StageResult:
         "seed": ctx.seed,
         **params.model_dump(),
     }
-    root = str(Path(__file__).resolve().parents[1])  # -P below keeps the current folder from being searched for modules
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    environment = os.environ | {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": str(ctx.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "compress.checkpoint_bench"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    with processes.held_input(json.dumps(request)) as given:
+        done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
+            processes.python("-m", "compress.checkpoint_bench"),
+            stdin=given,
+            capture_output=True,
+            text=True,
+            env=processes.environment(OMP_NUM_THREADS=str(ctx.threads), TOKENIZERS_PARALLELISM="false"),
+            check=False,
+        )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EdgestillError(ctx.name, f"the measuring process failed: {lines[-1]}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    (ctx.out / FILE).write_text(json.dumps(figures, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+    write_whole(ctx.out / FILE, json_text(figures, indent=1) + "\n")
     return StageResult(metrics=figures)
 
 
@@ -104,11 +99,11 @@ def measure(
 
 def main() -> None:
     """The measuring process: request on standard input, figures as the last line of standard output."""
+    request = json.loads(next(processes.requests()))  # also ends this process with the one that asked
     import torch
 
     from compress.metering import peak_resident_bytes
 
-    request = json.loads(sys.stdin.read())
     threads = request.pop("threads")
     torch.set_num_threads(threads)
     figures = measure(Path(request.pop("folder")), **request)

@@ -7,10 +7,15 @@ the handlers, so that ``--help`` takes a fraction of a second. Holds no logic th
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":  # by python -m: begin where the command begins, before anything else is imported
+    import importlib
+
+    importlib.import_module("compress.entry").main()  # which loads this file again, as the module that it is
+    raise SystemExit(0)
+
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -21,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress import interrupts
-from compress.errors import EdgestillError, GateFailed, UserError
+from compress.errors import EdgestillError, GateFailed, UserError, printable, safe_to_show
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -35,7 +40,7 @@ def debugging() -> bool:
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(f"edgestill: error: {message}", file=sys.stderr)
+    print(f"edgestill: error: {safe_to_show(message)}", file=sys.stderr)
 
 
 @contextmanager
@@ -66,8 +71,32 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty value: no option or argument has a use for one, and an empty path would be the current folder.
+
+    Raises:
+        UserError: which option it was given to, or which place on the line.
+    """
+    for at, text in enumerate(arguments):
+        option, _, value = text.partition("=") if text.startswith("--") else ("", "", text)
+        if option and "=" not in text:
+            continue
+        if not value.strip():
+            before = arguments[at - 1] if at else ""
+            where = option or (before if before.startswith("-") else f"argument {at + 1}")
+            raise UserError(
+                where, f"got {value!r}, an empty value", "a value", "An unset variable of a shell gives one."
+            )
+
+
 class Group(TyperGroup):
     """The command group, with errors mapped for every command alike."""
+
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> Any:
+        """Read the command line."""
+        with exit_codes():
+            refuse_empty(args)
+        return super().make_context(info_name, args, *others, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -114,9 +143,19 @@ def progress(quiet: bool = False) -> Progress:
     return Progress(quiet=quiet)
 
 
+def show(text: str) -> None:
+    """A line on standard output, without the control characters of what comes from a file or a device."""
+    print(printable(text))
+
+
 def show_json(value: Any) -> None:
-    """``value`` as JSON on standard output."""
-    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+    """``value`` as JSON on standard output; control characters in it are escaped as JSON has it."""
+    from compress.files import json_text
+
+    text = json_text(value, indent=1)
+    print(
+        "".join(sign if sign.isprintable() or sign == "\n" else json_text(sign, ascii_only=True)[1:-1] for sign in text)
+    )
 
 
 @app.command()
@@ -178,7 +217,7 @@ def plan(
 
         terminal.show_plan(rows, foretold.records(), terminal.console())
         for note in foretold.notes:
-            print(note)
+            show(note)
     foretold.refuse_misfit()
 
 
@@ -221,7 +260,7 @@ def step(
     )
     _show_result(result.metrics, result.notes, as_json=as_json)
     if not as_json:
-        print(f"wrote {out}")
+        show(f"wrote {out}")
     if line.writes == "verdict" and not result.metrics["passed"]:
         raise GateFailed("gate", "a limit is not kept", do=f"Each limit and what was measured: {out / 'verdict.json'}")
 
@@ -250,11 +289,13 @@ def _show_result(metrics: dict[str, Any], notes: list[str], *, as_json: bool) ->
     if as_json:
         show_json({"metrics": metrics, "notes": notes})
         return
+    from compress.files import json_text
+
     for name, value in metrics.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        print(f"{name}: {shown if isinstance(value, str | int | float) else json.dumps(value)}")
+        shown = f"{value + 0.0:.6g}" if isinstance(value, float) else value  # never -0
+        show(f"{name}: {shown if isinstance(value, str | int | float) else json_text(value)}")
     for note in notes:
-        print(f"note: {note}")
+        show(f"note: {safe_to_show(note)}")
 
 
 class Backend(StrEnum):
@@ -300,7 +341,7 @@ def export(
     result = run_stage(Request(line, params, inputs, place, target=_target(target)), progress(quiet=as_json))
     _show_result(result.metrics, result.notes, as_json=as_json)
     if not as_json:
-        print(f"wrote {place}")
+        show(f"wrote {place}")
 
 
 @app.command()
@@ -376,9 +417,9 @@ def tune(
     terminal.show_tuned(asdict(found.setting), found.measured, terminal.console())
     if found.measured["load_average"] > doctor.cores():
         print("note: the machine was busy; tune again when it is idle, for threads above all depend on it")
-    print(f"wrote {found.folder if inside else place}")
+    show(f"wrote {found.folder if inside else place}")
     if inside:
-        print(f"note: this folder is the old one, which is gone; go to the new one with: cd {found.folder}")
+        show(f"note: this folder is the old one, which is gone; go to the new one with: cd {found.folder}")
 
 
 @app.command()
@@ -404,7 +445,7 @@ def pack(
         added = figures_of_run(run_record.read(find_run(run_name, open_store(store).root)), bundle)
     place = out or Path(bundle.resolve().name + SUFFIX)
     size = pack_bundle(bundle, place, added=added)
-    print(f"wrote {place} ({size:,} bytes)")
+    show(f"wrote {place} ({size:,} bytes)")
 
 
 @app.command("eval")
@@ -456,7 +497,7 @@ def show_target(name: Annotated[str, typer.Argument(help="A built-in target's na
     from deploy.targets import find_target, load_target
 
     load_target(name)
-    print(find_target(name).read_text(encoding="utf-8"), end="")
+    show(find_target(name).read_text(encoding="utf-8").removesuffix("\n"))
 
 
 @targets.command("measure")
@@ -469,8 +510,8 @@ def measure_target(
     from compress import listings
 
     place = out or Path(f"{name}.yaml")
-    print(listings.measured_target(name, place, threads), end="")
-    print(f"wrote {place}", file=sys.stderr)
+    show(listings.measured_target(name, place, threads).removesuffix("\n"))
+    print(printable(f"wrote {place}"), file=sys.stderr)
 
 
 class Listed(StrEnum):
@@ -516,7 +557,7 @@ def report(
     record = run_record.read(path)
     place = path.with_name("report.html")
     write_report(record, place)
-    print(place)
+    show(str(place))
 
 
 @app.command()
@@ -545,7 +586,3 @@ def main() -> None:
         as_launched(app)
     else:
         app()
-
-
-if __name__ == "__main__":
-    main()

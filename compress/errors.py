@@ -12,10 +12,80 @@
     ├── ParityError       1  an export differs from the model it came from
     └── TrainingError     1  loss is NaN, diverged
 
-Every message says where, what was got, what is allowed and what to do. This module imports nothing.
+Every message says where, what was got, what is allowed and what to do. What comes from servers, devices and files may
+stand in it: `safe_to_show` makes any text fit for a screen, a log and a record. This module imports nothing of ours.
 """
 
 from __future__ import annotations
+
+import os
+import re
+
+# C0 and C1 controls but for line feed and tab; marks that turn the direction of writing; line ends that only some know;
+# halves of surrogate pairs, which no stream can write
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+_SECRET_NAME = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)\Z", re.IGNORECASE)
+_SHORTEST_SECRET = 6  # shorter values are words such as "EMPTY", which local servers are given as a key
+_SECRET_PATTERNS = (
+    (re.compile(r"\b(https?:[/\\]+)[^\s/\\?#]*@", re.IGNORECASE), r"\1***@"),  # user:password@ of an address
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s/\\?#@:]*:)[^\s/\\?#]*@", re.IGNORECASE), r"\1***@"),
+    (re.compile(r"\b(Bearer|Basic)(\s+)(?=\S*\d|\S{16})\S+", re.IGNORECASE), r"\1\2***"),
+    (
+        re.compile(
+            r"([?&](?:[\w-]*(?:key|token|secret|password|passwd|signature)|auth|pw|pwd|sig)=)[^&\s#\"']+", re.IGNORECASE
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"\b(?:sk|pk|rk|gsk|hf|xai|gh[oprsu])[-_](?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{12,}"), "***"),
+)
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written as ``\\x1b`` or ``\\u202e``, so that no terminal obeys them.
+
+    Line feeds and tabs stay, as do all letters of all scripts.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        number = ord(found[0])
+        return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+    return _UNPRINTABLE.sub(written, text)
+
+
+def hide_secrets(text: str) -> str:
+    """``text`` with ``***`` for passwords in addresses, what looks like a key, and the secrets of the environment.
+
+    The last are the values of variables that are called like a key, token, secret or password, as they are or as a URL
+    or JSON writes them.
+    """
+    for secret in _environment_secrets():
+        if secret in text:
+            text = text.replace(secret, "***")
+    for pattern, instead in _SECRET_PATTERNS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _environment_secrets() -> list[str]:
+    """The longest first, since one may be part of another."""
+    from urllib.parse import quote  # loads when the first error is made
+
+    found = set()
+    for name, value in os.environ.items():
+        for line in value.splitlines() if _SECRET_NAME.search(name) else ():
+            plain = line.strip()
+            if len(plain) >= _SHORTEST_SECRET:
+                escaped = plain.replace("\\", "\\\\").replace('"', '\\"')
+                found |= {plain, escaped, quote(plain, safe="", errors="replace")}
+    return sorted(found, key=len, reverse=True)
+
+
+def safe_to_show(text: str) -> str:
+    """``text`` without secrets and control characters: what every message, progress line and record goes through."""
+    return printable(hide_secrets(text))
 
 
 class EdgestillError(Exception):
@@ -34,7 +104,14 @@ class EdgestillError(Exception):
             text += f"; expected {allowed}"
         if do:
             text += f". {do}"
-        super().__init__(text)
+        super().__init__(safe_to_show(text))
+
+    def adding(self, do: str) -> EdgestillError:
+        """The same error with one more sentence on what to do, for a caller that knows more than who raised it."""
+        more = f"{self.do.rstrip('.')}. {do}" if self.do else do
+        error = _rebuilt(type(self), self.where, self.got, self.allowed, more)
+        error.__dict__.update({name: value for name, value in vars(self).items() if name not in vars(error)})
+        return error
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the fields when an error crosses from a worker process."""

@@ -218,6 +218,7 @@ class _Walk:
             config = with_shape(self.teacher.config, shape)
             if params.head_dim is not None:
                 config["head_dim"] = params.head_dim
+            check_config(config, where=node.name)
             state = _State(config)
         self._becomes(node, state)
         tokens = params.steps * params.batch_tokens if params.steps else params.epochs * self._tokens()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from compress import processes
 from compress.doctor import cores
 from compress.errors import EdgestillError, MissingExtraError, UserError
 
@@ -170,14 +171,16 @@ def _in_processes(
 ) -> Generator[R]:
     # spawn: a forked copy of a process that runs torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(setup,))
+    with processes.spawning():
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(setup,))
     finished = False
     try:
         flight: deque[Future[R | _Raised]] = deque()
         for part in parts:
             if len(flight) >= IN_FLIGHT_PER_WORKER * count:
                 yield _opened(flight.popleft().result())
-            flight.append(pool.submit(_work, fn, part))
+            with processes.spawning():  # a worker starts when there is work for it
+                flight.append(pool.submit(_work, fn, part))
         while flight:
             yield _opened(flight.popleft().result())
         finished = True
@@ -200,9 +203,7 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 def _import_ray() -> Any:
-    # Without these Ray writes a token into the home folder and reports its use over the network.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # without it Ray writes a token into the home folder
     try:
         return importlib.import_module("ray")
     except ModuleNotFoundError as error:
@@ -225,13 +226,15 @@ def _on_ray(
     """One task per shard; with ``setup`` a pool of actors that take the shards in turn."""
     ray = _import_ray()
     started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    elif started:
-        ray.init(
-            num_cpus=count, include_dashboard=False, log_to_driver=False, object_store_memory=RAY_STORE_BYTES,
-            logging_level="ERROR",
-        )  # fmt: skip
+    # Ray puts the folder that is current now in front of what its workers search for modules: let that be ours.
+    with processes.spawning(), contextlib.chdir(processes.ROOT) if started else contextlib.nullcontext():
+        if started and os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+        elif started:
+            ray.init(
+                num_cpus=count, include_dashboard=False, log_to_driver=False, object_store_memory=RAY_STORE_BYTES,
+                logging_level="ERROR",
+            )  # fmt: skip
     try:
         submit: Callable[[int, Sequence[T]], Any]
         if setup is None:

@@ -1,7 +1,7 @@
 """JSON that came from outside this process: bounded in bytes, depth and digits, and checked by type before it is used.
 
 `parse_json` reads a text, `read_json` a file, `read_table` a file that must hold an object; `required` takes one entry
-of a table by its type and range, `checked` holds a whole value against a declared type; `finite` is for writing.
+of a table by its type and range, `checked` holds a whole value against a declared type.
 Python's own reader ends in a RecursionError on deep nesting, takes numbers that no later step can print, and takes NaN,
 Infinity and half a surrogate pair, which no file can hold. Errors are of the caller's class. Knows nothing of what is
 read.
@@ -187,15 +187,6 @@ def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
-
-
-def finite(value: Any) -> Any:
-    """``value`` with NaN and infinities as None, which is what JSON has for them; for everything that we write."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def shown(value: Any) -> str:

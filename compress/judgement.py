@@ -7,12 +7,12 @@ no is a result, not a failure: the stage succeeds and the command ends with exit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from compress.assessment_params import GateParams
 from compress.context import StageContext, StageResult
+from compress.files import json_text, write_whole
 from compress.run_record import GateRecord, Ledger, LedgerEntry, LimitRecord
 from compress.scores import Scores, as_measure, difference, higher_is_better, measure, ratio, read_scores
 from evaluators.gate import Limit, LimitResult, Measured
@@ -129,5 +129,5 @@ def judge(params: GateParams, ctx: StageContext) -> StageResult:
         "most_lost": ledger["most_lost"],
     }
     metrics = {"ledger": ledger, "gate": gate}
-    (ctx.out / FILE).write_text(json.dumps(metrics, sort_keys=True, indent=1) + "\n", encoding="utf-8")
+    write_whole(ctx.out / FILE, json_text(metrics, indent=1) + "\n")
     return StageResult(metrics={"passed": verdict.passed, "limits": len(limits), "most_lost": ledger["most_lost"]})

@@ -6,13 +6,14 @@ Knows where things are kept; shows nothing itself.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from compress import run_record
 from compress.errors import UserError
-from compress.json_reader import read_table, required
+from compress.files import write_whole
+from compress.scratch import scratch
 from compress.stages import STAGES
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -60,11 +61,11 @@ def measured_target(name: str, place: Path, threads: int | None) -> str:
     target = machine.machine_target(facts, rates, name, place.parent)
     when = datetime.now(UTC).date().isoformat()
     text = machine.target_text(target, single, rates, when=when, versions=doctor.versions())
-    with tempfile.TemporaryDirectory() as scratch:  # nothing is left at the place unless it reads back
-        draft = Path(scratch) / f"{name}.yaml"
+    with scratch() as temporary:  # nothing is left at the place unless it reads back
+        draft = temporary / f"{name}.yaml"
         draft.write_text(text, encoding="utf-8")
         load_target(draft)
-    place.write_text(text, encoding="utf-8")
+    write_whole(place, text)
     return text
 
 
@@ -82,13 +83,10 @@ def run_files(root: Path) -> list[Path]:
 
 def _run(path: Path) -> tuple[str, ...]:
     try:
-        record = read_table(path, UserError)
-        profile, seconds = required(record, "profile", dict, "", UserError), record.get("seconds")
-        name = required(profile, "name", str, "", UserError)
-        told = [required(record, key, str, "", UserError) for key in ("id", "status", "verdict")]
-        shown = f"{required({'': float(seconds or 0)}, '', float, '', UserError):.1f}"
-        return told[0], told[1], name, shown, told[2]
-    except (UserError, ValueError, TypeError, OverflowError):
+        record = run_record.read(path)
+        profile, seconds = record["profile"]["name"], f"{record['seconds']:.1f}"
+        return record["id"], record["status"], profile, seconds, record["verdict"]
+    except (UserError, KeyError, TypeError, ValueError):
         return path.parent.name, "unreadable", "", "", ""
 
 

@@ -18,19 +18,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from compress.context import StageContext
+from compress.errors import UserError
 from compress.estimates import Estimate, estimate
 from compress.lineage import lineage
 from compress.metering import Meter
 from compress.plans import Node, Outside, Plan, named_teachers, plan
 from compress.progress import Progress
 from compress.recording import Recorder
-from compress.run_record import RunRecord
+from compress.run_record import RunRecord, close_dead
+from compress.scratch import held
 from compress.stages import STAGES, Stage, load_function
-from compress.store import Store
+from compress.store import Read, Store
 
 if TYPE_CHECKING:
     from compress.profile import Profile
@@ -42,8 +43,15 @@ log = logging.getLogger(__name__)
 
 
 def default_store() -> Path:
-    """Where artifacts and runs are kept: ``$EDGESTILL_STORE``, or ``.edgestill`` in the current folder."""
-    return Path(os.environ.get("EDGESTILL_STORE") or ".edgestill")
+    """Where artifacts and runs are kept: ``$EDGESTILL_STORE``, or ``.edgestill`` in the current folder.
+
+    Raises:
+        UserError: the variable is there and empty.
+    """
+    place = os.environ.get("EDGESTILL_STORE", ".edgestill")
+    if not place.strip():
+        raise UserError("EDGESTILL_STORE", f"got {place!r}", "a folder", "Give one, or unset it for .edgestill here.")
+    return Path(place)
 
 
 def run(
@@ -85,19 +93,19 @@ def run(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the work the way Ctrl-C does, so that the record is closed and exit code 130 given."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
+    """SIGTERM and SIGHUP end the work the way Ctrl-C does, so that the record is closed and exit code 130 given."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; Python's own stay
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:  # SIGHUP is ignored under nohup, and stays so
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _place(found: Outside, spec: str | None) -> Path | str:
@@ -111,6 +119,7 @@ class _Executor:
     def __init__(self, planned: Plan, store: Store, *, verify: bool, progress: Progress) -> None:
         self.planned, self.store, self.verify, self.progress = planned, store, verify, progress
         self.folders: dict[str, Path] = {}  # artifact key -> folder
+        self.checked: set[str] = set()  # keys whose digests were found right in this run
         self._teacher: Teacher | None = None
         self._teachers: dict[str, Teacher] = {}
 
@@ -123,9 +132,16 @@ class _Executor:
         if foretold is not None:
             recorder.record["estimates"] = foretold.records()
         recorder.write()
+        self.store.sweep()
+        close_dead(self.store.root)
+        with held(recorder.folder):  # a record whose run is dead is known by this
+            return self._run(recorder, started)
+
+    def _run(self, recorder: Recorder, started: float) -> RunRecord:
         try:
-            for at in range(len(self.planned.nodes)):
-                self.execute(at, recorder)
+            at = 0
+            while at < len(self.planned.nodes):
+                at = self.execute(at, recorder)
         except KeyboardInterrupt as error:
             recorder.close("interrupted", time.perf_counter() - started, error)
             raise
@@ -141,13 +157,21 @@ class _Executor:
         write_report(recorder.record, recorder.folder / "report.html")
         return recorder.record
 
-    def execute(self, at: int, recorder: Recorder) -> None:
-        """Run node ``at``, or take it from the store."""
+    def execute(self, at: int, recorder: Recorder) -> int:
+        """Run node ``at``, or take it from the store; return the node to go on with.
+
+        That is the next one, or one before: what ``at`` is to be made from is read and compared with its digests
+        first, for damage would go on into everything that follows.
+        """
         node = self.planned.nodes[at]
         label = f"[{at + 1}/{len(self.planned.nodes)}] {node.name}"
-        found = self.store.lookup(node.key, verify=self.verify)
+        found = self._lookup(node, verify=self.verify)
         cached = found is not None
         if found is None:
+            damaged = [source for source in node.inputs.values() if isinstance(source, Node)
+                       and self._lookup(source, verify=True) is None]  # fmt: skip
+            if damaged:
+                return min(self.planned.nodes.index(source) for source in damaged)
             self.progress.say(f"{label}: running")
             recorder.started(at)
             found = self._make(node, label)
@@ -157,11 +181,26 @@ class _Executor:
         for note in figures.get("notes", []):
             self.progress.say(f"{label}: {note}")
         self.progress.say(f"{label}: in the store" if cached else f"{label}: {figures.get('seconds', 0.0):.1f} s")
+        return at + 1
+
+    def _lookup(self, node: Node, *, verify: bool) -> Path | None:
+        """The artifact of ``node``; with ``verify`` its digests are compared, once in a run."""
+        verify = verify and node.key not in self.checked
+        found = self.store.lookup(node.key, verify=verify, read=self._read(node))
+        if found is not None and verify:
+            self.checked.add(node.key)
+        return found
+
+    def _read(self, node: Node) -> Read:
+        """What the inputs of ``node`` hold now."""
+        sources = {slot: source.key for slot, source in node.inputs.items() if isinstance(source, Node)}
+        renewed = any(self.store.was_damaged(key) for key in sources.values())
+        return Read({slot: self.store.content(key) for slot, key in sources.items()}, renewed)
 
     def _make(self, node: Node, label: str) -> Path:
         """Run the stage of ``node`` and commit its artifact; figures are kept beside it."""
         function = load_function(node.stage)
-        with self.store.begin(node.key, node.facts, verify=self.verify) as draft:
+        with self.store.begin(node.key, node.facts, verify=self.verify, read=self._read(node)) as draft:
             if not draft.cached:
                 with Meter() as meter:
                     result = function(node.params, self._context(node, draft.out, draft.work, label))
@@ -171,6 +210,8 @@ class _Executor:
                     seconds=round(meter.seconds, 3),
                     peak_memory_bytes=meter.peak_memory_bytes,
                 )
+        if self.verify or not draft.cached:
+            self.checked.add(node.key)
         return draft.path
 
     def _context(self, node: Node, out: Path, work: Path, label: str) -> StageContext:

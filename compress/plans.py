@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from compress import doctor, hub, identities
+from compress import doctor, hub, identities, preconditions
 from compress.errors import ProfileError
 from compress.names import OWN_TEACHER
 from compress.stages import STAGES, Stage, find, params_model
@@ -213,6 +213,7 @@ class _Builder:
 
     def sources(self) -> None:
         """Read pool, test and reference."""
+        preconditions.check_sources(self.profile)
         data = self.profile.data
         values = {name: getattr(data, name) for name in type(data).model_fields if name not in ROLES}
         for role, slot in ROLES.items():
@@ -236,6 +237,7 @@ class _Builder:
         values = self.profile.evaluate
         if "test" not in self.slots or values is None:
             return
+        preconditions.check_measuring(self.profile)
         inputs = {"test": self.slots["test"]}
         if method != "teacher":
             inputs[slot] = self.slots[slot]
@@ -251,6 +253,7 @@ class _Builder:
         inputs: dict[str, Node | Outside] = {}
         for slot in line.reads:
             if slot == "model" and slot not in self.slots and self.facts.teacher is not None:
+                preconditions.refuse_kind(f"{where}.{stage}", str(self.profile.teacher))
                 inputs[slot] = self.facts.teacher  # the first step on a model starts from the teacher itself
             elif slot in self.slots:
                 inputs[slot] = self.slots[slot]
@@ -268,7 +271,7 @@ class _Builder:
 
     def _check_step(self, where: str, line: Stage, params: Params, inputs: Mapping[str, Node | Outside]) -> None:
         """Refuse now what the stage would refuse in the middle of the run."""
-        doctor.check_extras(params, where)
+        preconditions.check_step(where, line, params, inputs, self.profile)
         before = inputs.get("model")
         changes = line.writes == "model" and ("model" in line.reads or getattr(params, "init", "") == "checkpoint")
         if changes and isinstance(before, Node) and before.stage.stage == "model.quantization":
@@ -287,7 +290,11 @@ class _Builder:
         line = find("deploy.export", None, self.table)
         slots = (*line.reads, *line.optional)
         inputs = {slot: self.slots[slot] for slot in slots if slot in self.slots}
-        bundle = self.add(line, validated(line, self.profile.export, "export"), inputs)
+        params = validated(line, self.profile.export, "export")
+        quantized = isinstance(model, Node) and model.stage.stage == "model.quantization"
+        outside = isinstance(model, Outside)
+        preconditions.check_export(self.profile, params, quantized_by_step=quantized, from_teacher=outside)
+        bundle = self.add(line, params, inputs)
         self.slots["bundle"] = self.roles["bundle"] = bundle
         self.evaluate("bundle", "bundle", "bundle")
 
@@ -311,7 +318,7 @@ class _Builder:
         self._check_lengths(lengths)
         subjects = {"teacher": self.facts.teacher, "student": self.roles.get("student")}
         for subject, source in subjects.items():
-            if source is not None:
+            if source is not None and (isinstance(source, Node) or self._has_weights()):
                 node = self.implied(
                     "deploy.bench", "checkpoint", lengths, {"model": source}, where="bench", of=f"of {subject}"
                 )
@@ -319,6 +326,10 @@ class _Builder:
         if "bundle" in self.slots:
             bundle = {"bundle": self.slots["bundle"]}
             self.roles["bench of bundle"] = self.implied("deploy.bench", "local", values, bundle, where="bench")
+
+    def _has_weights(self) -> bool:
+        """Whether the teacher is a model that can be timed here."""
+        return self.profile.teacher is not None and preconditions.teacher_kind(self.profile.teacher) == "model"
 
     def _check_lengths(self, lengths: Mapping[str, int]) -> None:
         """Refuse a benchmark that is longer than the model's context, where its config is at hand."""

@@ -44,6 +44,7 @@ SECTIONS = {
     "gate": ("evaluate", "gate"),
     "bench": ("deploy.bench", "local"),
 }
+Given = Annotated[str, Field(pattern=r"\S")]  # an empty path would be the current folder
 TeacherName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
 STEP_SLOTS = ("data", "model")  # a step replaces one of these
 
@@ -55,9 +56,9 @@ class DataSources(SourceParams):
     what its owner changes later is not seen while they stand in the store. Test rows of the hub are its test split.
     """
 
-    pool: str | None = Field(None, description="rows to learn from")
-    test: str | None = Field(None, description="rows that the result is judged on; never trained on")
-    reference: str | None = Field(None, description="rows with the wanted mix of functions or topics")
+    pool: Given | None = Field(None, description="rows to learn from")
+    test: Given | None = Field(None, description="rows that the result is judged on; never trained on")
+    reference: Given | None = Field(None, description="rows with the wanted mix of functions or topics")
 
 
 class Hardware(Params):
@@ -106,20 +107,20 @@ class _Head(Params):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80, description="a short name for runs and reports")
     description: str = Field("", description="what it is for, in a sentence or two")
     seed: int = Field(0, ge=0, lt=2**32, description="the only source of randomness")
-    teacher: str | None = Field(None, description="model folder, hub name or endpoint")
-    teachers: dict[TeacherName, str] = Field(
+    teacher: Given | None = Field(None, description="model folder, hub name or endpoint")
+    teachers: dict[TeacherName, Given] = Field(
         default_factory=dict,
         description="more teachers by name, for steps that learn from several or from one of these: as teacher, "
         "of the same tokenizer",
     )
-    teacher_config: str | None = Field(
+    teacher_config: Given | None = Field(
         None, description="a config.json like the teacher's, so that plan can foretell before a hub model is fetched"
     )
     data: DataSources = Field(
         default_factory=lambda: DataSources.model_validate({}),
         description="rows; a bare path is a file or folder of them",
     )
-    target: str | None = Field(None, description="device: a built-in target's name or a target file")
+    target: Given | None = Field(None, description="device: a built-in target's name or a target file")
     hardware: Hardware = Field(default_factory=lambda: Hardware.model_validate({}), description="this machine")
 
 
@@ -384,7 +385,7 @@ def _place_paths(
             continue
         holder = document.value if len(path) == 1 else document.value.get(path[0])
         text = holder.get(path[-1]) if isinstance(holder, dict) else None
-        if isinstance(text, str) and text and (path != ("target",) or text.endswith(SUFFIXES)):
+        if isinstance(text, str) and text.strip() and (path != ("target",) or text.endswith(SUFFIXES)):
             holder[path[-1]] = _absolute(text, folder, otherwise)
 
 

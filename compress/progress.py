@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
+from compress.errors import safe_to_show
+
 T = TypeVar("T")
 LINE_EVERY_S = 10.0  # plain mode: one line per this many seconds, so that a log stays readable
 
@@ -45,7 +47,7 @@ class Progress:
         """Print one line, above any bar."""
         if not self.quiet:
             clear = "\r\x1b[2K" if self.terminal else ""
-            print(f"{clear}{self.prefix}{text}", file=self.stream, flush=True)
+            print(f"{clear}{self.prefix}{safe_to_show(text)}", file=self.stream, flush=True)
 
     def draw(self, bar: Bar, now: float, note: str) -> None:
         """Draw ``bar`` as it stands at ``now`` (seconds of ``time.monotonic``)."""
@@ -58,7 +60,7 @@ class Progress:
             text += f", {note}"
         if self.terminal:
             filled = round(share * 20)
-            self.stream.write(f"\r\x1b[2K{self.prefix}[{'=' * filled}{' ' * (20 - filled)}] {text}")
+            self.stream.write(f"\r\x1b[2K{self.prefix}[{'=' * filled}{' ' * (20 - filled)}] {safe_to_show(text)}")
             self.stream.flush()
         else:
             self.say(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress import doctor, run_record
-from compress.errors import EdgestillError, StoreError
+from compress.errors import EdgestillError, StoreError, safe_to_show
 from compress.json_reader import parse_json, read_table
 from compress.plans import Node, Plan
 from compress.run_record import (
@@ -238,7 +238,7 @@ class Recorder:
         """Stage ``at`` stands in ``folder``; ``result`` holds metrics, notes, seconds and peak_memory_bytes."""
         stage, node = self.record["stages"][at], self.plan.nodes[at]
         stage["state"], stage["path"], stage["cached"] = "done", str(folder), cached
-        stage["metrics"], stage["notes"] = result.get("metrics", {}), result.get("notes", [])
+        stage["metrics"], stage["notes"] = result.get("metrics", {}), [*map(safe_to_show, result.get("notes", []))]
         stage["seconds"], stage["peak_memory_bytes"] = result.get("seconds"), result.get("peak_memory_bytes")
         roles = {role for role, source in self.plan.roles.items() if source is node}
         self._draw(stage, folder, roles)
@@ -271,7 +271,7 @@ class Recorder:
                 running["state"] = "failed"
             name = running["name"] if running else None
             message = str(error) if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
-            record["error"] = {"kind": type(error).__name__, "message": message, "stage": name}
+            record["error"] = {"kind": type(error).__name__, "message": safe_to_show(message), "stage": name}
         for entry in record["estimates"]:
             entry["measured"] = measured(entry["what"], record)
         record["estimates"] += local_estimates(record["stages"])

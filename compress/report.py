@@ -6,7 +6,6 @@ show; it measures nothing and judges nothing. Plots are made by `compress.charts
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from typing import Any, cast
 from compress import charts
 from compress.charts import BarRow, Line, Point, Segment, number, size
 from compress.errors import StoreError
+from compress.files import write_whole
 from compress.run_record import CurveRecord, Ledger, LedgerEntry, RunRecord
 
 TONES = ("a", "b", "c", "d", "e")
@@ -180,10 +180,8 @@ def write_report(record: RunRecord, path: Path) -> None:
     Raises:
         StoreError: the file cannot be written.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     page = render(record)
     try:
-        fresh.write_text(page, encoding="utf-8")
-        os.replace(fresh, path)
+        write_whole(path, page)
     except OSError as error:
         raise StoreError(str(path), error.strerror or str(error), do="Choose another place with --store.") from error

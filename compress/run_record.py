@@ -19,20 +19,22 @@ Worked example (shortened)::
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from annotated_types import MinLen
 from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import StoreError, UserError
-from compress.files import write_whole
-from compress.json_reader import checked, finite, read_table
+from compress.files import json_text, write_whole
+from compress.json_reader import checked, read_table
+from compress.scratch import OWNER, abandoned
 
 SCHEMA = 1
 # Of the estimates: with and without what stood in the store when the run began.
 TIME_OF_ALL, TIME_TO_RUN = "time of all stages", "time of the stages not in the store"
+
+KILLED = "killed; the same command goes on from where it stood"
 
 Status = Literal["running", "done", "gate_failed", "failed", "interrupted"]
 
@@ -174,7 +176,7 @@ class AllocationPoint(TypedDict):
 class Allocation(TypedDict):
     """The metric of a step that chose bits under a budget: the frontier of all choices, and what was chosen."""
 
-    frontier: Annotated[list[AllocationPoint], MinLen(1)]
+    frontier: list[AllocationPoint]
     bytes: float
     foretold_kl: float
 
@@ -230,15 +232,13 @@ def write(record: RunRecord, path: Path) -> None:
         StoreError: the folder cannot be written or the disk is full.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(finite(record), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        write_whole(path, text + "\n")
+        write_whole(path, json_text(record, indent=1) + "\n")
     except OSError as error:
         raise StoreError(str(path), error.strerror or str(error), do="Choose another place with --store.") from error
 
 
 def read(path: Path) -> RunRecord:
-    """Read a run record.
+    """Read a run record. One that says ``running`` while its process is dead is that of an interrupted run.
 
     Raises:
         UserError: no such file, not JSON, or of another schema.
@@ -252,4 +252,23 @@ def read(path: Path) -> RunRecord:
         for key, kind in (("allocation", Allocation), ("local_estimate", dict[str, Any])):
             if figures.get(key) is not None:
                 checked(kind, figures[key], f"{path}: stages.{at}.metrics.{key}", UserError)
+        if figures.get("allocation") and not figures["allocation"]["frontier"]:
+            raise UserError(f"{path}: stages.{at}.metrics.allocation", "an empty frontier", "a point or more")
+    if record.get("status") == "running" and is_dead(path.parent):
+        record["status"], record["verdict"] = "interrupted", KILLED
     return cast(RunRecord, record)
+
+
+def close_dead(root: Path) -> None:
+    """Write ``interrupted`` into the records of the runs below ``root`` whose process was killed."""
+    for mark in root.glob(f"runs/*/{OWNER}"):
+        path = mark.with_name("run.json")
+        with suppress(UserError, StoreError):  # another version's, or not ours to write: shown as it should be, anyway
+            if abandoned(mark.parent):
+                write(read(path), path)
+                mark.unlink(missing_ok=True)
+
+
+def is_dead(folder: Path) -> bool:
+    """Whether the process of a run that has not ended is dead: a living one has marked its folder."""
+    return not (folder / OWNER).exists() or abandoned(folder) is True

@@ -8,7 +8,6 @@ pairs are resampled together). Knows nothing of how a row was scored, of models,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import StoreError
+from compress.files import json_text, write_whole
 from compress.json_reader import checked, read_table
 from compress.run_record import Measure
 from evaluators.bootstrap import Interval, percentiles, resampled_sums
@@ -101,7 +101,7 @@ class Scores:
             "order": self.metrics,
             "rows": rows,
         }
-        (folder / FILE).write_text(json.dumps(document, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(folder / FILE, json_text(document) + "\n")
 
 
 def read_scores(folder: Path) -> Scores:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 from compress import doctor, hub, identities
 from compress.context import Params, StageContext, StageResult
 from compress.errors import DataError, ModelError, ParityError, StoreError, UserError
-from compress.files import file_sha256
+from compress.files import file_sha256, place_folder, sync
 from compress.names import OWN_TEACHER, is_hub_name, nearest
 from compress.progress import Progress
+from compress.scratch import held, scratch
 from compress.stages import Stage, load_function, methods
+from compress.store import check_artifact, check_outside
 
 SLOTS = ("data", "source", "test", "reference", "model", "bundle")
 ROW_SLOTS = ("data", "source", "test")  # an unnamed file of rows fills the first of these that the stage reads
@@ -155,6 +157,8 @@ def stage_and_params(name: str, overrides: Sequence[str]) -> tuple[Stage, Params
 
 def _identity(slot: str, path: Path) -> str:
     """Digest of an input; what is not what its slot takes is refused here, before anything is written."""
+    if path.is_dir():
+        check_artifact(path)  # what comes from damage is damaged too
     present(path, {"model": "a Hugging Face model folder", "bundle": "a bundle"}.get(slot, ""))
     if slot == "bundle":
         from deploy.bundle import open_bundle  # only the stages that read one need the package
@@ -180,26 +184,38 @@ def _teacher_identity(spec: str) -> str:
     raise ModelError(f"--teacher {spec}", "no such file or folder", allowed)
 
 
-def _as_rows(slot: str, path: Path, scratch: Path) -> Path:
-    """``path`` as an artifact folder of rows; files of rows are read into ``scratch``."""
+def _as_rows(slot: str, path: Path, temporary: Path) -> Path:
+    """``path`` as an artifact folder of rows; files of rows are read into ``temporary``."""
     if slot not in ("data", "test", "reference") or (path.is_dir() and (path / "rows.parquet").is_file()):
         return path
     from compress.data.rows import read_source, write_rows  # loads pyarrow
 
-    folder = scratch / slot
+    folder = temporary / slot
     folder.mkdir()
     write_rows(folder, read_source(path).rows)
     return folder
 
 
-def _check_out(out: Path, stage: Stage) -> None:
+def check_new(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a folder to write that has something in it, or lies in one of ``inputs`` or in a store.
+
+    Raises:
+        UserError: it does.
+    """
+    check_outside(out, inputs)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "is there already and not empty", do="Give another name, or remove it first.")
+
+
+def _check_out(out: Path, stage: Stage, inputs: Iterable[Path]) -> None:
     if out.suffix in ROW_FILES:
         if stage.writes != "data":
             raise UserError("--out", f"{out.name} is a file of rows; {stage.name} writes a {stage.writes}", "a folder")
         if out.exists():
             raise UserError(str(out), "is there already", do="Give another name, or remove it first.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "is there already and not empty", do="Give another name, or remove it first.")
+        check_outside(out, inputs)
+    else:
+        check_new(out, inputs)
 
 
 def _missing(stage: Stage, inputs: Mapping[str, Path]) -> None:
@@ -222,7 +238,7 @@ def _save(made: Path, out: Path) -> None:
     if out.suffix not in ROW_FILES:
         if out.is_dir():
             out.rmdir()  # empty, checked before
-        os.replace(made, out)
+        place_folder(made, out)
         return
     from compress.data.rows import QUARANTINE, read_dropped, read_rows, write_jsonl
 
@@ -238,7 +254,9 @@ def _save(made: Path, out: Path) -> None:
     if (made / QUARANTINE).is_file():
         beside.append(QUARANTINE)
     for name in beside:
+        sync(made / name)
         os.replace(made / name, out.with_name(f"{out.stem}.{name}"))
+    sync(rows)
     os.replace(rows, out)  # last: when it is there, all is
 
 
@@ -255,31 +273,32 @@ def run_stage(request: Request, progress: Progress) -> StageResult:
     if "teacher" in stage.uses and request.teacher is None:
         raise UserError("--teacher", f"missing; {stage.name} needs it", "a model folder")
     if out is not None:
-        _check_out(out, stage)
+        _check_out(out, stage, request.inputs.values())
     digest = _digest(request)  # reads all inputs, and so comes before the first folder is made
     parent = out.absolute().parent if out is not None else Path(tempfile.gettempdir())
-    with _scratch(parent) as scratch, _work(parent / f".{stage.name}-{digest[:16]}.work") as work:
-        return _run(request, scratch, work, progress)
+    with (
+        _beside(parent, None if out is None else parent) as temporary,
+        _work(parent / f".{stage.name}-{digest[:16]}.work", temporary / "work") as work,
+    ):
+        return _run(request, temporary, work, progress)
 
 
 @contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A folder in ``parent`` that is gone afterwards, as are the parents that were made for it, unless they are used.
+def _beside(parent: Path, place: Path | None) -> Iterator[Path]:
+    """`scratch` in ``place``; ``parent`` and those above it go again where they were made for it and are not used.
 
     Raises:
         StoreError: it cannot be made.
     """
     new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".edgestill-", dir=parent))
-        except OSError as error:
-            raise StoreError(str(parent), error.strerror or str(error), do="Give another --out.") from error
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with ExitStack() as stack:
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                temporary = stack.enter_context(scratch(place))
+            except OSError as error:
+                raise StoreError(str(parent), error.strerror or str(error), do="Give another --out.") from error
+            yield temporary
     finally:
         for folder in new:  # the deepest first; one that is not empty holds the output
             with suppress(OSError):
@@ -287,18 +306,28 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _work(work: Path) -> Iterator[Path]:
-    """The folder of checkpoints: kept after a failure or a kill from which the same command can go on."""
-    try:
-        yield work
-    except FINAL:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    except BaseException:
-        with suppress(OSError):
-            work.rmdir()  # empty: there is nothing to go on from
-        raise
-    shutil.rmtree(work, ignore_errors=True)
+def _work(place: Path, spare: Path) -> Iterator[Path]:
+    """The folder of checkpoints: kept after a failure or a kill from which the same command can go on.
+
+    While another process runs that command, this one works in ``spare``, which nobody goes on from.
+    """
+    with held(place) as ours:
+        work = place / "files" if ours else spare
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+        except FINAL:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        except BaseException:
+            with suppress(OSError):
+                work.rmdir()  # empty: there is nothing to go on from
+            raise
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            if ours and not work.exists():
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def _digest(request: Request) -> str:
@@ -327,11 +356,10 @@ def _named(request: Request) -> list[str]:
     return [name for name in getattr(request.params, "mixture", {}) if name in request.teachers]
 
 
-def _run(request: Request, scratch: Path, work: Path, progress: Progress) -> StageResult:
+def _run(request: Request, temporary: Path, work: Path, progress: Progress) -> StageResult:
     stage = request.stage
-    made = scratch / "out"
+    made = temporary / "out"
     made.mkdir()
-    work.mkdir(exist_ok=True)
     threads = request.threads or doctor.cores()
     teacher, teachers = None, {}
     if request.teacher is not None and stage.wants_teacher:
@@ -341,7 +369,7 @@ def _run(request: Request, scratch: Path, work: Path, progress: Progress) -> Sta
         teachers = {name: open_teacher(request.teachers[name], threads=threads) for name in _named(request)}
     context = StageContext(
         name=stage.name,
-        inputs={slot: _as_rows(slot, path, scratch) for slot, path in request.inputs.items()},
+        inputs={slot: _as_rows(slot, path, temporary) for slot, path in request.inputs.items()},
         out=made,
         work=work,
         seed=request.seed,

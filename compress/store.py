@@ -24,17 +24,15 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
-
-from compress.errors import EdgestillError, StoreError
-from compress.files import file_sha256, write_whole
-from compress.json_reader import JsonFault, checked, finite, parse_json, read_table, required
+from compress.errors import EdgestillError, StoreError, UserError
+from compress.files import file_sha256, json_text, sync, write_whole
+from compress.json_reader import JsonFault, parse_json, read_table, required
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +78,6 @@ def _check_json(value: Any) -> None:
             _check_json(inner)
 
 
-class _File(TypedDict):
-    """What a manifest says of a file."""
-
-    size: int
-    sha256: str
-
-
 @dataclass
 class Draft:
     """An artifact that is being made; write into ``out``, checkpoint in ``work``.
@@ -108,6 +99,18 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What the inputs of an artifact hold: for each slot that is filled from the store, the input's `Store.content`.
+
+    ``renewed``: one of them was made anew because it was damaged, or came from damage. An artifact whose manifest does
+    not say what it was made from, as older versions wrote it, does not count then.
+    """
+
+    contents: Mapping[str, str] = field(default_factory=dict)
+    renewed: bool = False
+
+
+@dataclass(frozen=True)
 class Swept:
     """What `Store.gc` removed: artifact keys, other leftovers by name, and their bytes."""
 
@@ -125,7 +128,8 @@ class Store:
         self.say = say
         self._digests: dict[str, list[Any]] | None = None
         self._unwritten: list[str] = []
-        self._damaged: set[str] = set()
+        self._damaged: set[str] = set()  # now
+        self._said: set[str] = set()  # at any time
 
     @staticmethod
     def key(facts: Mapping[str, Any]) -> str:
@@ -145,27 +149,46 @@ class Store:
             return []
         return sorted(p.name for p in folder.iterdir() if _KEY.fullmatch(p.name) and (p / MANIFEST).is_file())
 
-    def lookup(self, key: str, *, verify: bool = False) -> Path | None:
+    def lookup(self, key: str, *, verify: bool = False, read: Read | None = None) -> Path | None:
         """The artifact of ``key``, or None when there is none or it is damaged (which is said).
 
         The size of every file is compared with the manifest; with ``verify`` the digests too, and that no file was
-        added. A damaged artifact counts as missing, and the next `begin` replaces it.
+        added. With ``read`` it must have been made from these contents: what came from a damaged input, or from one
+        that has other bytes now, is damaged as well. Such an artifact counts as missing, and the next `begin` replaces
+        it.
         """
         folder = self.path(key)
-        files = self._manifest_files(folder)
-        if files is None:
+        manifest = self._manifest(folder)
+        if manifest is None:
             return None
-        damage = _damage(folder, files, verify=verify or key in self._damaged)
+        damage = _damage(folder, manifest["files"], verify=verify or key in self._damaged)
+        damage = damage or ("" if read is None else _other_inputs(manifest["read"], read))
         if damage:
             self._say_damage(folder, damage)
             return None
         return folder
+
+    def content(self, key: str) -> str:
+        """Digest of what the artifact of ``key`` holds, as its manifest says: of the names and digests of its files.
+
+        Raises:
+            StoreError: there is no such artifact.
+        """
+        manifest = self._manifest(self.path(key))
+        if manifest is None:
+            raise StoreError(str(self.path(key)), "no such artifact")
+        return self.key({name: facts["sha256"] for name, facts in manifest["files"].items()})
+
+    def was_damaged(self, key: str) -> bool:
+        """Whether this object found the artifact of ``key`` damaged, or made from damage, at any time."""
+        return key in self._said
 
     def _say_damage(self, folder: Path, damage: str) -> None:
         """Say it once; the key is remembered, so that `begin` does not take for whole what only ``verify`` found."""
         if folder.name not in self._damaged:
             self.say(f"{folder}: damaged ({damage}); it is made again")
         self._damaged.add(folder.name)
+        self._said.add(folder.name)
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The figures that were kept when the artifact of ``key`` was made; None when there are none."""
@@ -174,29 +197,20 @@ class Store:
         except StoreError:
             return None
 
-    def _manifest_files(self, folder: Path) -> dict[str, dict[str, Any]] | None:
-        """The manifest's files; None when there is no manifest, which means that there is no artifact."""
-        path, where = folder / MANIFEST, "its manifest"
+    def _manifest(self, folder: Path) -> dict[str, Any] | None:
+        """As `_read_manifest`; an unreadable one is said, and counts as none."""
         try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
+            return _read_manifest(folder)
         except OSError as error:
-            raise _store_error(error, path) from error
-        try:
-            manifest = required({"it": parse_json(content)}, "it", dict, where, StoreError)
-            files = required(manifest, "files", dict, where, StoreError)
-            own = manifest.get("schema") == SCHEMA and manifest.get("key") == folder.name
-            if not own or not all(map(_is_inside, files)):
-                raise JsonFault("of another store")
-            checked(dict[str, _File], files, where, StoreError)
-        except (JsonFault, StoreError) as error:
+            raise _store_error(error, folder / MANIFEST) from error
+        except ValueError as error:
             self._say_damage(folder, f"its manifest is not readable: {error}")
             return None
-        return {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in files.items()}
 
     @contextmanager
-    def begin(self, key: str, facts: Mapping[str, Any] | None = None, *, verify: bool = False) -> Iterator[Draft]:
+    def begin(
+        self, key: str, facts: Mapping[str, Any] | None = None, *, verify: bool = False, read: Read | None = None
+    ) -> Iterator[Draft]:
         """Make the artifact of ``key``: commit when the block ends well, leave nothing of it when it raises.
 
         One process at a time works on a key; a second one waits and then finds ``draft.cached``. What the block
@@ -205,6 +219,8 @@ class Store:
         Args:
             facts: what the key was made from, kept in the manifest to explain it.
             verify: check digests too when another process has made the artifact meanwhile.
+            read: what its inputs hold, kept in the manifest; one that another process has made meanwhile must have
+                been made from the same.
 
         Raises:
             StoreError: the disk is full, there is no permission, or the block left links or odd files.
@@ -213,7 +229,7 @@ class Store:
         work = self.root / "work" / key
         with self._locked(key):
             self._sweep_temporary(key)
-            if self.lookup(key, verify=verify) is not None:
+            if self.lookup(key, verify=verify, read=read) is not None:
                 _remove(work)
                 yield Draft(key, path, work, path, cached=True)
                 return
@@ -226,33 +242,35 @@ class Store:
                 with _told(path, body=True):
                     yield draft
                 with _told(path):
-                    self._commit(draft, facts)
+                    self._commit(draft, facts, read)
             finally:
                 _remove(out)
             _remove(work)
 
-    def _commit(self, draft: Draft, facts: Mapping[str, Any] | None) -> None:
+    def _commit(self, draft: Draft, facts: Mapping[str, Any] | None, read: Read | None) -> None:
         """Digest and sync every file, write the manifest, rename: after any step a kill leaves no half artifact."""
         files = {}
         for file in _regular_files(draft.out):
             name = file.relative_to(draft.out).as_posix()
             files[name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-            _sync(file)
+            sync(file)
         for folder in [path for path in draft.out.rglob("*") if path.is_dir()]:
-            _sync(folder)
+            sync(folder)
         if draft.record:
             # Lenient, unlike a key: hours of work are not thrown away over a figure that is NaN or numpy's.
-            record = json.dumps(finite(draft.record), sort_keys=True, ensure_ascii=False, default=_plain)
+            record = json_text(draft.record, default=_plain)
             write_whole(self.root / "records" / f"{draft.key}.json", record)
         manifest: dict[str, Any] = {"schema": SCHEMA, "key": draft.key, "files": files}
         if facts is not None:
             manifest["facts"] = facts
+        if read is not None:
+            manifest["read"] = dict(read.contents)
         text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(draft.out / MANIFEST, text + "\n")
         if draft.path.exists():  # damaged, or `begin` would have found it
             os.rename(draft.path, tempfile.mkdtemp(prefix=f".old-{draft.key}-", dir=draft.path.parent))
         os.rename(draft.out, draft.path)
-        _sync(draft.path.parent)
+        sync(draft.path.parent)
         self._damaged.discard(draft.key)
         self._sweep_temporary(draft.key)
 
@@ -281,6 +299,15 @@ class Store:
         """Remove what killed attempts at ``key`` left; its lock is held, so nobody is writing there."""
         for folder in (self.root / "artifacts").glob(f".???-{key}-*"):
             _remove(folder)
+
+    def sweep(self) -> None:
+        """Remove the half artifacts that killed processes left; those that a living one is making stay."""
+        folder = self.root / "artifacts"
+        found = {match[1] for path in folder.glob(".???-*") if (match := _TEMPORARY.match(path.name))}
+        for key in sorted(found):
+            with self._locked(key, wait=False) as held:
+                if held:
+                    self._sweep_temporary(key)
 
     def file_digest(self, path: Path) -> str:
         """SHA-256 of a file, in hex; remembered by path, size, times of change and inode.
@@ -382,6 +409,82 @@ class Store:
         return {name for name in names if _KEY.fullmatch(name)} | set(temporary)
 
 
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """``files`` and ``read`` (None: not told) of an artifact's manifest; None when there is none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no manifest of the artifact that is called like ``folder``.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    try:
+        manifest = required({"it": parse_json(content)}, "it", dict, "manifest", StoreError)
+        files = required(manifest, "files", dict, "manifest", StoreError)
+        read = None if manifest.get("read") is None else required(manifest, "read", dict, "manifest", StoreError)
+        own = manifest.get("schema") == SCHEMA and manifest.get("key") == folder.name
+        if not own or not all(map(_is_inside, files)):
+            raise JsonFault("of another store")
+        found = {name: required(files, name, dict, "files", StoreError) for name in files}
+        return {
+            "files": {
+                name: {
+                    "size": required(facts, "size", int, f"files.{name}", StoreError, least=0),
+                    "sha256": required(facts, "sha256", str, f"files.{name}", StoreError),
+                }
+                for name, facts in found.items()
+            },
+            "read": None if read is None else {slot: required(read, slot, str, "read", StoreError) for slot in read},
+        }
+    except StoreError as error:
+        raise JsonFault(str(error)) from error
+
+
+def check_artifact(folder: Path) -> None:
+    """Refuse ``folder`` when it is an artifact of a store and not as it was made; any other folder passes.
+
+    Raises:
+        StoreError: a file is missing, or its digest is another than the manifest's.
+    """
+    if not _KEY.fullmatch(folder.resolve().name):
+        return
+    folder = folder.resolve()
+    try:
+        manifest = _read_manifest(folder)
+        damage = "" if manifest is None else _damage(folder, manifest["files"], verify=True)
+    except (OSError, ValueError) as error:
+        damage = f"its manifest is not readable: {error}"
+    if damage:
+        do = "Make it again: edgestill run PROFILE --verify, with the store that it lies in"
+        raise StoreError(str(folder), f"damaged ({damage})", "an artifact as it was made", do)
+
+
+def check_outside(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse to write ``out`` into what it is made from, or into a stored artifact; links are followed.
+
+    Raises:
+        UserError: it lies in one of ``inputs`` or in an artifact.
+    """
+    place = out.resolve()
+    for folder in inputs:
+        if folder.resolve() in place.parents:
+            raise UserError(str(out), f"lies in the input {folder}", "a place outside of it", "Give another --out.")
+    for folder in (place, *place.parents):
+        if (folder / MANIFEST).is_file():
+            got = f"lies in the stored artifact {folder}"
+            raise UserError(str(out), got, "a place outside of a store", "Give another one with --out")
+
+
+def _other_inputs(made_from: Mapping[str, str] | None, read: Read) -> str:
+    """Why an artifact that was made from ``made_from`` (None: not told) is none of these inputs; empty when it is."""
+    if made_from is None:
+        return "it may have been made from a damaged artifact" if read.renewed else ""
+    slots = sorted(slot for slot in {*made_from, *read.contents} if made_from.get(slot) != read.contents.get(slot))
+    return f"it was made from other content of its input {slots[0]}" if slots else ""
+
+
 def _plain(value: Any) -> Any:
     """A scalar of numpy or torch as Python's; anything else as text."""
     return value.item() if hasattr(value, "item") else str(value)
@@ -451,15 +554,6 @@ def _open_lock(file: Path, *, wait: bool) -> int | None:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
         os.close(handle)
 
 

@@ -8,7 +8,6 @@ opened when it is first asked. Knows nothing of stages and profiles.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from compress.answers import Generation, TokenScores
 from compress.encoding import TokenRow, decode, encode_prompt, load_tokenizer, stop_ids
 from compress.endpoint import ChatClient, Reply, Request
 from compress.errors import DataError, ModelError, UserError
-from compress.files import file_sha256
+from compress.files import file_sha256, json_text, write_whole
 from compress.identities import digest_of, model_identity
 from compress.json_reader import parse_json
 from compress.names import is_hub_name
@@ -398,8 +397,8 @@ def record(path: Path, conversations: Sequence[Sequence[Message]], replies: Sequ
             "mean_logprob": reply.mean_logprob if known else None,
             "finished": reply.finished,
         }
-        lines.append(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+        lines.append(json_text(line) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def _conversation_key(messages: Sequence[Message]) -> str:

@@ -14,10 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.doctor import Finding
+from compress.errors import printable
 from compress.run_record import Measure, RunRecord, SummaryRow
 
 NAMES = {"teacher": "teacher", "student": "student", "bundle": "student, quantized bundle"}
 MARKS = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def shown(text: str) -> str:
+    """``text`` from outside (a file, a device) as rich's markup that prints it as it is, without control characters."""
+    return escape(printable(text))
 
 
 def console() -> Console:
@@ -105,15 +111,15 @@ def show_run(record: RunRecord, out: Console) -> None:
     if gate is not None:
         for limit in gate["limits"]:
             mark = "[green]pass[/]" if limit["passed"] else "[red]FAIL[/]"
-            out.print(f"  {mark}  {escape(limit['reason'])}")
+            out.print(f"  {mark}  {shown(limit['reason'])}")
     failed = record["status"] in ("failed", "gate_failed")
     colour = "red" if failed else "green" if gate is not None and gate["limits"] else "yellow"  # nothing was judged
-    out.print(f"[{colour}]{escape(record['verdict'])}[/]")
+    out.print(f"[{colour}]{shown(record['verdict'])}[/]")
     hits = sum(1 for stage in record["stages"] if stage["cached"])
     out.print(f"{len(record['stages'])} stages, {hits} from the store, {human_seconds(record['seconds'])}")
     for name in ("bundle", "report"):
         if record.get(name):
-            out.print(f"{name}: {escape(str(record.get(name)))}", soft_wrap=True)
+            out.print(f"{name}: {shown(str(record.get(name)))}", soft_wrap=True)
 
 
 def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str, Any]], out: Console) -> None:
@@ -125,7 +131,7 @@ def show_plan(rows: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str
     table.add_column("estimated time", justify="right")
     for at, row in enumerate(rows, 1):
         state = "[green]in the store[/]" if row["cached"] else "to run"
-        table.add_row(str(at), escape(row["name"]), state, human_seconds(row["seconds"]))
+        table.add_row(str(at), shown(row["name"]), state, human_seconds(row["seconds"]))
     out.print(table)
     for estimate in estimates:
         out.print(f"{estimate['what']}: {figure(estimate['estimated'], estimate['unit'])}")
@@ -135,7 +141,7 @@ def show_target(measured: Mapping[str, Any], foretold: Mapping[str, Any], out: C
     """A bundle's figures where they were measured, beside the estimate for a target."""
     name, where = foretold["target"], measured["where"]
     table = Table(
-        "", f"measured on {'this machine' if where == 'local' else where}", f"estimate for {name}, not measured"
+        "", f"measured on {'this machine' if where == 'local' else shown(where)}", f"estimate for {name}, not measured"
     )
     for what, unit in (("prefill", "tokens/s"), ("decode", "tokens/s")):
         key = f"{what}_tokens_per_s"
@@ -158,7 +164,7 @@ def show_tuned(setting: Mapping[str, Any], measured: Mapping[str, Any], out: Con
             rate(measured["prompt_tokens"] / trial["prefill_s"]) if timed else "-",
             rate(1 / trial["decode_s"]) if timed else "-",
         ]
-        table.add_row(trial["knob"], str(trial["value"]), *cells, str(trial["pairs"]), escape(trial["verdict"]))
+        table.add_row(shown(trial["knob"]), str(trial["value"]), *cells, str(trial["pairs"]), shown(trial["verdict"]))
     out.print(table)
     for what in ("prefill", "decode"):
         before, after = (measured[when][f"{what}_tokens_per_s"] for when in ("before", "after"))
@@ -196,7 +202,7 @@ def show_findings(findings: Sequence[Finding], out: Console) -> None:
     table = Table(show_header=False)
     for finding in findings:
         table.add_row(
-            f"[{MARKS[finding.state]}]{finding.state}[/]", finding.what, escape(finding.value), escape(finding.do)
+            f"[{MARKS[finding.state]}]{finding.state}[/]", finding.what, shown(finding.value), shown(finding.do)
         )
     out.print(table)
 
@@ -205,5 +211,5 @@ def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]], out: Console)
     """A plain table."""
     table = Table(*heads)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(shown(cell) for cell in row))
     out.print(table)

@@ -8,11 +8,9 @@ nothing else: no links, no devices, no folders, no path that leads elsewhere, no
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +20,10 @@ from typing import IO, Any
 import zstandard
 
 from compress.errors import ModelError, StoreError, UserError
-from compress.files import file_sha256
-from compress.json_reader import finite, read_table
+from compress.files import file_sha256, json_text, whole_file
+from compress.json_reader import read_table
+from compress.scratch import scratch
+from compress.store import check_outside
 from deploy.bundle import BUNDLE_FILE, check_info, open_bundle, shipped_folder
 
 SUFFIX = ".tar.zst"
@@ -57,24 +57,23 @@ def pack(folder: Path, out: Path, *, added: Mapping[str, Any] | None = None) -> 
         raise UserError(str(out), "another ending", f"a name that ends in {SUFFIX}")
     if out.exists():
         raise UserError(str(out), "is there already", do="Give another name with --out, or remove it first")
+    check_outside(out, [folder])
     taken = sorted(set(added or {}) & set(bundle.info))
     if taken:
         raise ModelError(str(folder / BUNDLE_FILE), f"has {', '.join(taken)} already")
     described = (folder / BUNDLE_FILE).read_bytes()
     if added:
-        text = json.dumps(finite({**bundle.info, **added}), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        text = json_text({**bundle.info, **added}, indent=1) + "\n"
         described = text.encode("utf-8")
     prefix = _prefix(bundle.formats)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            _write(stream, described, {prefix + name: folder / prefix / name for name in sorted(bundle.shipped)})
-        os.replace(temporary, out)
+        with scratch(out.absolute().parent) as temporary:
+            with whole_file(temporary / out.name) as stream:
+                _write(stream, described, {prefix + name: folder / prefix / name for name in sorted(bundle.shipped)})
+            os.replace(temporary / out.name, out)
     except OSError as error:
         raise StoreError(str(out), error.strerror or str(error), do="Give another place with --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return out.stat().st_size
 
 
@@ -213,5 +212,5 @@ def bundle_folder(path: Path) -> Iterator[Path]:
     if not is_archive(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
-        yield unpack(path, Path(scratch) / "bundle")
+    with scratch() as temporary:
+        yield unpack(path, temporary / "bundle")

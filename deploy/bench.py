@@ -9,8 +9,6 @@ work a benchmark is worth little. Imports no torch.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,10 +17,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
+from compress import processes
 from compress.context import StageContext, StageResult
 from compress.errors import EdgestillError, ModelError, StoreError
-from compress.files import file_sha256
-from compress.json_reader import JsonFault, checked, finite, parse_json, required
+from compress.files import file_sha256, json_text, write_whole
+from compress.json_reader import JsonFault, checked, parse_json, required
 from deploy.bundle import BUNDLE_FILE, RUNNER, Bundle, open_bundle
 from deploy.machine import here, measure_rates
 from deploy.params import BenchParams
@@ -148,7 +147,7 @@ def bench_bundle(
     options += ["--bench", "--stop-on-eof", *([] if bandwidth else ["--no-bandwidth"])]
     if on is None:
         device: Device = Local()
-        command = [sys.executable, str(RUNNER), "--bundle", str(folder.resolve())]
+        command = processes.python(str(RUNNER), "--bundle", str(folder.resolve()))
     else:
         device, remote = on.device, remote_of(on, bundle)
         say(_told(copy_bundle(remote, bundle, say), remote))
@@ -226,8 +225,7 @@ def _result(
         notes.append(f"target_estimate is reckoned for {target.name}; nothing was measured there")
         notes += target.notes
     if out is not None:
-        text = json.dumps(finite(metrics), indent=1, sort_keys=True) + "\n"
-        (out / BENCH_FILE).write_text(text, encoding="utf-8")
+        write_whole(out / BENCH_FILE, json_text(metrics, indent=1) + "\n")
     load, cores = record.load_average, int(record.machine["cores"])
     if load is not None and load > _BUSY * cores:
         notes.append(f"the machine was busy (load average {load:.1f} on {cores} cores): these figures are too low")

@@ -9,7 +9,6 @@ runtime.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from compress.errors import ModelError
-from compress.files import file_sha256
-from compress.json_reader import MAX_WHOLE, checked, finite, read_table, required
+from compress.files import file_sha256, json_text, write_whole
+from compress.json_reader import MAX_WHOLE, checked, read_table, required
 from compress.names import is_plain_name
 from deploy.bundle_runner.run import forbidden, strange_options
 
@@ -115,8 +114,7 @@ def write_bundle(folder: Path, facts: Mapping[str, Any]) -> Bundle:
     for form in BESIDE:
         if (folder / form).is_dir():
             info[f"{form}_files"] = describe(folder / form)
-    text = json.dumps(finite(info), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / BUNDLE_FILE).write_text(text, encoding="utf-8")
+    write_whole(folder / BUNDLE_FILE, json_text(info, indent=1) + "\n")
     return Bundle(folder, info)
 
 

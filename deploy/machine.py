@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import processes
 from compress.errors import EdgestillError
 from deploy.targets import Target
 
@@ -57,18 +58,19 @@ def measure_rates(threads: int, *, width: int = WIDTH, accuracy_level: int = LEV
     Raises:
         EdgestillError: the measuring process failed.
     """
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
     side = -(-max(width, NARROW) // BLOCK) * BLOCK
-    settings = dict.fromkeys(_THREAD_VARIABLES, str(threads)) | {"PYTHONPATH": path.rstrip(os.pathsep)}
+    settings = dict.fromkeys(_THREAD_VARIABLES, str(threads))
     try:
-        done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-P", "-m", "deploy.machine", *map(str, (threads, side, accuracy_level))],
-            capture_output=True,
-            text=True,
-            timeout=_TIME_LIMIT_S,
-            check=False,
-            env=os.environ | settings,
-        )
+        with processes.held_input() as given:
+            done = subprocess.run(  # noqa: S603 - our own module, arguments as a list
+                processes.python("-m", "deploy.machine", *map(str, (threads, side, accuracy_level))),
+                stdin=given,
+                capture_output=True,
+                text=True,
+                timeout=_TIME_LIMIT_S,
+                check=False,
+                env=processes.environment(**settings),
+            )
     except subprocess.TimeoutExpired as error:
         raise EdgestillError("measuring this machine", f"not done after {_TIME_LIMIT_S} s") from error
     if done.returncode:
@@ -285,4 +287,5 @@ def _rates(threads: int, width: int, level: int) -> Rates:
 
 
 if __name__ == "__main__":
+    processes.leave_with_parent()
     sys.stdout.write(json.dumps(asdict(_rates(*map(int, sys.argv[1:4])))) + "\n")

@@ -9,7 +9,6 @@ there. Imports no torch, so that a benchmark's memory is the runtime's.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, wraps
 from pathlib import Path
@@ -21,6 +20,7 @@ import onnxruntime_genai as og
 
 from compress.errors import DataError, ModelError
 from compress.json_reader import read_table, required
+from compress.scratch import scratch
 from deploy import huge_pages
 from deploy.bundle import check_safe, open_bundle, tuned
 from deploy.bundle_runner.run import Fault, Settings
@@ -114,9 +114,9 @@ class GenaiRunner:
         """The bundle's graph with logits at all positions of a prompt; the bundle's own may give the last alone."""
         from deploy.variants import every_position_copy
 
-        with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
-            changed = every_position_copy(self.folder, Path(temporary))
-            return self._open(Path(temporary)) if changed else self.model
+        with scratch() as temporary:
+            changed = every_position_copy(self.folder, temporary)
+            return self._open(temporary) if changed else self.model
 
     @_as_model_error
     def generate(

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,10 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from compress import processes
 from compress.errors import ModelError, ParityError, UserError
-from compress.json_reader import finite, read_table, required
+from compress.files import json_text, sync_folder, write_whole
+from compress.json_reader import read_table, required
 from compress.progress import Progress
-from compress.store import MANIFEST
+from compress.scratch import scratch
+from compress.store import check_outside
 from deploy.bundle import BESIDE, BUNDLE_FILE, Bundle, open_bundle, write_bundle
 from deploy.bundle_runner.run import AFFINITIES, cores, processors
 from deploy.params import PROMPTS, TuneParams
@@ -80,13 +82,13 @@ def tune(bundle: Path, out: Path, params: TuneParams, *, device: str, progress: 
         got = f"prompt_tokens {params.prompt_tokens} and new_tokens {params.new_tokens}"
         raise UserError("tune", got, f"at most {context} together, the bundle's context")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-tune-", dir=out.parent) as temporary:
-        untuned = _copy_untuned(opened, Path(temporary) / "base")
+    with scratch(out.parent) as temporary:
+        untuned = _copy_untuned(opened, temporary / "base")
         start = starting_point(untuned)
         with Workers(untuned.folder, params) as workers:
             quality = _Quality(workers, params.max_kl, start.accuracy_level)
             best, trials, figures = _find(start, params, workers, quality, say)
-        made = Path(temporary) / "made"
+        made = temporary / "made"
         measured = figures | {"candidates": [trial.facts() for trial in trials]}
         numeric = _write(untuned, made, best, {"device": device, "measured": measured})
         limit = None if numeric and best.accuracy_level != 4 else params.max_kl if numeric else _SAME_KL
@@ -247,14 +249,13 @@ class Workers:
             "prompt_tokens": self.params.prompt_tokens,
             "new_tokens": self.params.new_tokens,
         }
-        path = os.pathsep.join(p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")) if p)
         process = subprocess.Popen(  # noqa: S603 - our own module, arguments as a list
-            [sys.executable, "-P", "-m", "deploy.tune_worker", json.dumps(request)],
+            processes.python("-m", "deploy.tune_worker", json.dumps(request)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=processes.environment(),
         )
         self.live[setting] = process
         self._answer(setting)
@@ -413,7 +414,7 @@ def _note_kl(made: Path, kl: float) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(finite(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json_text(value, indent=1) + "\n")
 
 
 def _keep_others(old: Path, made: Path) -> None:
@@ -446,10 +447,7 @@ def _check_leftover(bundle: Path, out: Path, say: Callable[[str], None]) -> None
 
 def _check_place(bundle: Path, out: Path) -> None:
     """Refuse to write over something, or into a store."""
-    for folder in (out, *out.parents):
-        if (folder / MANIFEST).is_file():
-            do = "Give another folder with --out"
-            raise UserError(str(out), f"lies in the stored artifact {folder}", "a folder outside of a store", do)
+    check_outside(out)
     if bundle in out.parents:
         do = "Give a folder outside of it with --out, or --in-place"
         raise UserError(str(out), f"lies in the bundle {bundle}", "a folder outside of it", do)
@@ -459,6 +457,7 @@ def _check_place(bundle: Path, out: Path) -> None:
 
 def _put(made: Path, out: Path) -> None:
     """Move the finished folder to its place; one that stands there is swapped out in the same step."""
+    sync_folder(made)
     if not out.exists():
         made.rename(out)
         return

@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compress import processes
+
 
 def serve(request: dict[str, Any]) -> None:
-    """Open the bundle and answer every line of standard input."""
+    """Open the bundle and answer every line of standard input; end at once when it closes."""
+    lines = processes.requests()
     from deploy.runners import GenaiRunner
 
     runner = GenaiRunner(
@@ -27,7 +30,7 @@ def serve(request: dict[str, Any]) -> None:
     ids, new_tokens = prompt_ids(runner, request["prompt_tokens"]), request["new_tokens"]
     generate(runner, ids, new_tokens)
     _say({})
-    for _ in sys.stdin:
+    for _ in lines:
         _, first, rest = generate(runner, ids, new_tokens)
         _say({"prefill_s": first, "decode_s": rest / (new_tokens - 1)})
 

@@ -14,6 +14,7 @@ MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 SHARED = (
     "compress.errors", "compress.context", "compress.progress", "compress.files", "compress.names",
     "compress.json_reader", "compress.patterns", "compress.tokenizer_files",
+    "compress.processes", "compress.scratch",
 )  # fmt: skip
 ALLOWED = {
     "evaluators": ("evaluators",),
@@ -38,6 +39,8 @@ ALLOWED = {
     "compress.chat_templates": (),
     "compress.json_reader": ("compress.errors",),
     "compress.tokenizer_files": ("compress.errors", "compress.json_reader"),
+    "compress.processes": (),
+    "compress.scratch": (),
     "compress.version": (),
     "compress.answers": (),
     "compress.context": ("compress.progress", "compress.teachers"),

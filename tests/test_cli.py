@@ -206,7 +206,7 @@ def test_step_inputs(
         (["eval", "model", "--data", "/nope"], "/nope: no such file or folder"),
         (["eval", "model", "--data", "empty"], "empty: an empty folder; expected a file or folder of rows"),
         (["step", "data.selection.dedup", "--in", "empty", "--out", "o"], "empty: an empty folder"),
-        (["step", "data.selection.dedup", "--in", "", "--out", "o"], "--in: got '', an empty path; expected PATH"),
+        (["step", "data.selection.dedup", "--in", "", "--out", "o"], "--in: got '', an empty value"),
         (["step", "data.selection.dedup", "--in", "data=", "--out", "o"], "--in: got 'data=', an empty path"),
         (["step", "data.selection.dedup", "--in", "dta=pool.jsonl", "--out", "o"], "Did you mean 'data'?"),
         (["step", "data.selection.dedup", "--in", "bad.jsonl", "--out", "deep/er/o"], "bad.jsonl:1: malformed JSON"),

@@ -6,7 +6,6 @@ again with the same folder it starts behind the last whole one. Knows nothing of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import EdgestillError
+from compress.files import whole_file
 from compress.progress import Progress
 
 T = TypeVar("T")
@@ -54,7 +54,5 @@ def map_chunks(
 
 
 def _save(path: Path, part: NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         np.save(file, part, allow_pickle=False)
-    os.replace(temporary, path)

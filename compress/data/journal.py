@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from compress.files import json_text, write_whole
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,4 @@ class Journal:
 
     def put(self, number: int, value: Any) -> None:
         """Keep ``value`` (JSON)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(number)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(self._path(number), json_text(value))

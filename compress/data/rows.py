@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 
 from compress.data.records import CANONICAL, Message, RecordError, parse_record
 from compress.errors import DataError
+from compress.files import whole_file, write_whole
 from compress.names import is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def write_quarantine(folder: Path, items: Sequence[Quarantined]) -> None:
     """Write ``quarantine.jsonl``; nothing when ``items`` is empty."""
     if items:
         lines = [canonical_json({"where": q.where, "error": q.error, "raw": q.raw}) for q in items]
-        _write_bytes(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode())
+        write_whole(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode())
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -186,7 +186,7 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
         extra = {"source": row.source or None, "label": row.label, "meta": row.meta or None}
         record.update({name: value for name, value in extra.items() if value is not None})
         lines.append(canonical_json(record) + "\n")
-    _write_bytes(path, "".join(lines).encode())
+    write_whole(path, "".join(lines).encode())
 
 
 def _record(row: Row) -> dict[str, str | None]:
@@ -206,16 +206,8 @@ def _row(record: Mapping[str, Any]) -> Row:
 
 
 def _write_table(path: Path, records: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Written beside ``path`` and renamed: a kill leaves no half file under the final name."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(records, schema=schema), temporary, compression="zstd")
-    os.replace(temporary, path)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole_file(path) as stream:
+        pq.write_table(pa.Table.from_pylist(records, schema=schema), stream, compression="zstd")
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ offered here too. Never pickle, never remote code, no network. Knows nothing of 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.errors import EdgestillError, ModelError
-from compress.files import TOKENIZER_FILES
+from compress.files import TOKENIZER_FILES, json_text, write_whole
 from compress.json_reader import read_table, required, shown
 from compress.model.layers import attention, decoder_layers, embedding, is_tied, output_head
 from compress.model.runtime import TorchRuntime
@@ -167,7 +166,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` with sorted keys and a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json_text(value, indent=2) + "\n")
 
 
 @contextmanager

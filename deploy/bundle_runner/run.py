@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if not os.environ.get("ORT_DISABLE_TELEMETRY"):  # the runtime reads it when it is loaded
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 BUNDLE_FILE, GENAI_CONFIG = "bundle.json", "genai_config.json"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 READ_BYTES, READ_REPEATS = 256 << 20, 7  # much larger than any cache
@@ -463,7 +465,9 @@ def chat(conversation: Conversation) -> None:
 
 
 def say(text: str) -> None:
-    """Write ``text`` at once."""
+    """Write ``text`` at once; a terminal obeys no control character that a model made."""
+    if sys.stdout.isatty():
+        text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     print(text, end="", flush=True)
 
 
@@ -668,6 +672,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # no module is taken from the folder of the bundle, which Python searches first, nor from the current one
+    sys.path[:] = [
+        p for p in sys.path if os.path.realpath(p) not in (os.path.dirname(os.path.realpath(__file__)), os.getcwd())
+    ]
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # weights on huge pages: quicker to address
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # read when a process begins, so begin again
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very command

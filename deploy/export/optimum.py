@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from compress import processes
 from compress.errors import EdgestillError, UserError
 from compress.model.checkpoint import load_model, read_config, save_model, write_json
 from compress.model.shapes import head_size, kv_head_count, parameter_count
+from compress.scratch import scratch
 from deploy.export.gptq import older_rotary
 from deploy.export.graph import count_nodes
 from deploy.export.onnx import COUNTED, GENAI_CONFIG, MODEL_FILE, OnnxOptions, OnnxReport, end_tokens
@@ -56,8 +57,8 @@ def write_optimum(checkpoint: Path, out: Path, *, options: OnnxOptions) -> OnnxR
             "the back-end optimum stores the values of the codes in fp32: the graph computes the same, and is as "
             "large as before the quantization; the back-end builder keeps the codes"
         )
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
-        plain, drawn = Path(temporary) / "model", Path(temporary) / "onnx"
+    with scratch() as temporary:
+        plain, drawn = temporary / "model", temporary / "onnx"
         save_model(load_model(checkpoint), plain, tokenizer_from=checkpoint)
         write_json(plain / "config.json", older_rotary(read_config(plain)))
         _run(python, plain, drawn)
@@ -73,6 +74,8 @@ def write_optimum(checkpoint: Path, out: Path, *, options: OnnxOptions) -> OnnxR
 def interpreter() -> Path:
     """Return the Python of the environment that has optimum-onnx; UserError says how to make it."""
     named = os.environ.get(VARIABLE)
+    if named is not None and not named.strip():
+        raise UserError(VARIABLE, f"got {named!r}", "the path of a Python", "Give one, or unset it.")
     python = Path(named) if named else _PLACE
     if not python.is_file():
         raise UserError(
@@ -101,7 +104,10 @@ def _run(python: Path, source: Path, out: Path) -> None:
     command = [str(python), "-I", str(_WORKER), str(source), str(out)]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)  # noqa: S603 - a list
+        with processes.held_input() as given:
+            ended = subprocess.run(  # noqa: S603 - a list
+                command, stdin=given, capture_output=True, text=True, check=False, env=variables
+            )
     except OSError as error:
         raise UserError("backend optimum", f"{python} cannot be run ({error.strerror})", "a Python") from error
     if ended.returncode or not (out / MODEL_FILE).is_file():

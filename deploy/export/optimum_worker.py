@@ -5,7 +5,9 @@ usage: optimum_worker.py MODEL_FOLDER OUT_FOLDER
 Stands alone on purpose: edgestill is not installed where optimum-onnx is.
 """
 
+import os
 import sys
+import threading
 
 
 def main(source: str, out: str) -> None:
@@ -25,5 +27,17 @@ def main(source: str, out: str) -> None:
     )
 
 
+def leave_with_parent() -> None:
+    """End this process when standard input closes: whoever asked is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    leave_with_parent()
     main(*sys.argv[1:])

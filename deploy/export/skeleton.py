@@ -13,7 +13,6 @@ import importlib
 import io
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import onnx
 from compress.errors import EdgestillError, ModelError
 from compress.model.checkpoint import copy_tokenizer, quiet_transformers
 from compress.model.shapes import architecture
+from compress.scratch import scratch
 
 _BUILDER_ERRORS = (NotImplementedError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError)
 _SHORTEST = 16  # of the feed-forward width
@@ -50,10 +50,10 @@ def build(
         EdgestillError: the builder failed for another reason.
     """
     check_attention(config, where=str(checkpoint / "config.json"))
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as temporary:
-        source, drawn = Path(temporary) / "model", Path(temporary) / "onnx"
+    with scratch() as temporary:
+        source, drawn = temporary / "model", temporary / "onnx"
         _write_model(checkpoint, config, source, head_size=head_size, context_tokens=context_tokens)
-        _run_builder(source, drawn, Path(temporary) / "cache", fuse_qkv=fuse_qkv)
+        _run_builder(source, drawn, temporary / "cache", fuse_qkv=fuse_qkv)
         model = onnx.load(str(drawn / "model.onnx"), load_external_data=False)
         genai_config = json.loads((drawn / "genai_config.json").read_text(encoding="utf-8"))
     return Skeleton(model, genai_config)

@@ -68,6 +68,8 @@ def settle(folder: Path, files: dict[str, str]) -> None:
         part = part_of(folder, name)
         found = facts_of(part)
         if found is not None and found["sha256"] == sha256:
+            with part.open("rb+") as stream:  # on disk before it has its name
+                os.fsync(stream.fileno())
             os.replace(part, folder / name)
         elif found is not None:
             part.unlink()

@@ -12,13 +12,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from compress import processes
 from compress.errors import EdgestillError, TargetError
+from compress.scratch import scratch
 from deploy.remote.places import Place
 
 SSH_OPTIONS = (
@@ -91,19 +92,23 @@ def call(
 ) -> Finished:
     """Run a program of this machine; without ``stdin`` its standard input is a pipe that stays open until it ends.
 
+    It ends with this process, whatever ends that.
+
     Raises:
         EdgestillError: it is not done after ``timeout`` seconds.
     """
-    read, write = os.pipe()
     try:
-        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
-            list(command), stdin=read if stdin is None else stdin, capture_output=True, timeout=timeout, check=False
-        )
+        with processes.held_input() as held:
+            done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+                processes.tied(command),
+                stdin=held if stdin is None else stdin,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+                env=processes.environment(),
+            )
     except subprocess.TimeoutExpired as error:
         raise EdgestillError(command[0], f"not done after {timeout:g} s", do=do) from error
-    finally:
-        os.close(read)
-        os.close(write)
     return Finished(done.returncode, *(out.decode("utf-8", "replace") for out in (done.stdout, done.stderr)))
 
 
@@ -210,8 +215,8 @@ class Adb:
         if not offset:
             _sent(self.where, source, self._push(source, target))
             return
-        with tempfile.TemporaryDirectory() as scratch:
-            rest = Path(scratch) / "rest"
+        with scratch() as temporary:
+            rest = temporary / "rest"
             with source.open("rb") as data, rest.open("wb") as out:
                 data.seek(offset)
                 shutil.copyfileobj(data, out)

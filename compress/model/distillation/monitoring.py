@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import TrainingError
+from compress.files import json_text, write_whole
 
 TRAINING_LOG = "training.jsonl"  # of a stage, in its work folder and in its artifact
 TIMED_REPORT = ("seconds", "tokens_per_s", "resumed_from")  # of a report: not the same in every run, so in no artifact
@@ -32,7 +33,7 @@ class TrainLog:
         self.total_seconds, self.total_tokens = 0.0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(json_text(line) + "\n" for line in kept))
 
     def add(self, *, loss: float, ce: float, kl: float, positions: int, tokens: int, seconds: float) -> None:
         """Count one step: sums over its ``positions``, its ``tokens`` and how long it took."""
@@ -52,7 +53,7 @@ class TrainLog:
         if self.seconds > 0:
             entry[TIMED] = round(self.tokens / self.seconds, 1)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
+            file.write(json_text(entry) + "\n")
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.seconds, self.tokens = 0.0, 0
 
@@ -60,7 +61,7 @@ class TrainLog:
 def copy_log(source: Path, target: Path) -> None:
     """Copy a log into an artifact, without its times: the same run gives the same bytes."""
     lines = [{name: value for name, value in line.items() if name != TIMED} for line in _lines(source)]
-    target.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines), encoding="utf-8")
+    write_whole(target, "".join(json_text(line) + "\n" for line in lines))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

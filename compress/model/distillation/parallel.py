@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
+from compress import processes
 from compress.errors import TrainingError, UserError
 from compress.model.distillation.packing import Indices
+from compress.scratch import scratch
 
 PATIENCE = timedelta(minutes=30)  # of a collective operation: one process may wait while another asks a teacher
 START_S = 120.0  # until a started process has loaded its libraries
@@ -220,14 +219,13 @@ def follow() -> None:
 @contextmanager
 def _started(size: int, where: str) -> Iterator[Team]:
     """Processes of our own: they meet over a file, and end with this one, whatever ends it."""
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as name:
-        folder = Path(name)
+    with scratch() as folder:
         children: list[tuple[subprocess.Popen[bytes], Path]] = []
         try:
             for rank in range(1, size):
                 log = folder / f"{rank}.log"
-                command = [sys.executable, "-c", _SERVE, str(folder), str(rank), str(size)]
-                env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+                command = processes.python("-c", _SERVE, str(folder), str(rank), str(size))
+                env = processes.environment()
                 with log.open("wb") as file:
                     child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
                         command, env=env, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
@@ -294,15 +292,9 @@ def _check(children: Sequence[tuple[subprocess.Popen[bytes], Path]], where: str)
             raise TrainingError(where, f"process {rank} of {len(children) + 1} ended with code {code}{said}", do=do)
 
 
-def _leave_with_parent() -> None:
-    with suppress(OSError):
-        os.read(0, 1)  # returns when the parent is gone
-    os._exit(1)
-
-
 def serve(folder: str, rank: str, size: str) -> None:
     """Be a process that another one started: meet the rest in ``folder`` and follow."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    processes.leave_with_parent()
     (Path(folder) / f"{rank}.ready").touch()
     _meet(Path(folder), int(rank), int(size))
     follow()

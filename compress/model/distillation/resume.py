@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import StoreError
+from compress.files import json_text, whole_file, write_whole
+from compress.json_reader import parse_json
 
 logger = logging.getLogger(__name__)
 _VALUES = "values"  # the one metadata entry: JSON text
@@ -79,22 +79,11 @@ def save_tensors(
     Raises:
         StoreError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             _write(file, tensors, values, whole)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
-    except BaseException:  # another process died while a tensor was gathered, or Ctrl-C
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _write(
@@ -123,7 +112,7 @@ def open_tensors(path: Path) -> SavedTensors | None:
         return None
     try:
         file: Any = safe_open(path, framework="pt")
-        values = json.loads((file.metadata() or {})[_VALUES])
+        values = parse_json((file.metadata() or {})[_VALUES], constants=True)
         outlines = {name: _outline(file.get_slice(name)) for name in file.offset_keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s is damaged and left aside (%s)", path, error)
@@ -144,11 +133,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON with sorted keys, atomically; raises StoreError as `save_tensors`."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, sort_keys=True, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json_text(value, indent=2) + "\n")
     except OSError as error:
         raise StoreError(str(path), f"cannot be written ({error})", do=FREE) from error
 

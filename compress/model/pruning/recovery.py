@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compress.context import StageContext
 from compress.encoding import TokenRow, load_tokenizer
+from compress.files import json_text
 from compress.model.checkpoint import check_folder, load_model
 from compress.model.distillation.losses import LossWeights
 from compress.model.distillation.monitoring import TIMED
@@ -103,7 +104,7 @@ def merged_log(logs: Sequence[Path], target: Path) -> None:
         points = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for point in points:
             kept = {name: value for name, value in point.items() if name != TIMED}
-            lines.append(json.dumps(kept | {"step": point["step"] + offset}, sort_keys=True) + "\n")
+            lines.append(json_text(kept | {"step": point["step"] + offset}) + "\n")
         offset += max((point["step"] for point in points), default=0)
     if lines:
         target.write_text("".join(lines), encoding="utf-8")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from compress.context import StageContext, StageResult
 from compress.encoding import TokenRow, load_tokenizer, token_rows
 from compress.errors import ModelError
+from compress.files import place_folder
 from compress.model.calibration import Batch, batches, mean_loss
 from compress.model.checkpoint import METADATA_FILE, check_folder, count_parameters, load_model, read_config, save_model
 from compress.model.distillation.trainer import threads
@@ -225,7 +225,7 @@ class _Run:
         partial = self.ctx.work / f"round-{number}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         save_model(model, partial, tokenizer_from=self.source, metadata={"rounds": list(records)})
-        os.replace(partial, self.folder(number))
+        place_folder(partial, self.folder(number))
 
 
 def _share(total: int, number: int, count: int) -> int:

@@ -9,7 +9,6 @@ holds the codes, which the ONNX export uses. Knows nothing of calibration.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from compress.files import json_text, whole_file, write_whole
 from compress.model.checkpoint import METADATA_FILE, copy_tokenizer, write_json
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
@@ -153,17 +153,13 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, *, note: str |
     ``note`` goes into the header under "edgestill". Only one entry may stand there: the library writes several in
     no fixed order.
     """
-    partial = path.with_name(path.name + ".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt"} if note is None else {"edgestill": note})
-    os.replace(partial, path)
+    with whole_file(path) as stream:
+        save_file(dict(tensors), stream.name, metadata={"format": "pt"} if note is None else {"edgestill": note})
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
-    """Write ``value`` under another name first, as `save_tensors` does; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, path)
+    """Write ``value`` whole; the folder is made."""
+    write_whole(path, json_text(value))
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
@@ -187,8 +183,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
         at += last - first
     text = json.dumps({"__metadata__": {"format": "pt"}} | placed, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as out:
+    with whole_file(path) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for _, facts, part, base in entries:
             first, last = facts["data_offsets"]
@@ -196,7 +191,6 @@ def join(parts: Sequence[Path], path: Path) -> None:
                 file.seek(base + first)
                 for start in range(0, last - first, _COPY_BYTES):
                     out.write(file.read(min(_COPY_BYTES, last - first - start)))
-    os.replace(partial, path)
 
 
 def _width(kind: str) -> int:

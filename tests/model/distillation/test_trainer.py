@@ -226,7 +226,7 @@ def test_kill_9_in_the_middle_then_resume_gives_the_unbroken_result(context):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    (ctx.work / "training.checkpoint.safetensors.tmp").write_bytes(b"half a checkpoint")
+    (ctx.work / ".training.checkpoint.safetensors.tmp").write_bytes(b"half a checkpoint")
     resumed, report = run(ctx, make(), teacher())
     assert report.resumed_from == 5
     unbroken, _ = run(context("whole"), make(), teacher())
@@ -417,7 +417,7 @@ def test_every_architecture_learns(context, arch, tied):
 
 def test_full_disk_or_no_rights_is_one_clear_error(context):
     ctx = context()
-    blocked = ctx.work / "training.best.safetensors.tmp"
+    blocked = ctx.work / ".training.best.safetensors.tmp"
     blocked.mkdir()
     with pytest.raises(StoreError, match=r"training\.best\.safetensors: cannot be written"):
         run(ctx, make(), teacher())

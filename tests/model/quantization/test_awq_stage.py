@@ -33,7 +33,7 @@ from tests.model.quantization.test_awq_stage import AwqParams, FAST, context
 save, seen, last = writing.save_tensors, [], int(sys.argv[3])
 def save_then_die(tensors, path, **rest):
     if len(seen) == last:
-        Path(str(path) + ".partial").write_bytes(b"half")
+        path.with_name(f".{path.name}.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     seen.append(path)
     save(tensors, path, **rest)

@@ -47,7 +47,7 @@ _Run._save = save_then_die
 write = qat_student.save_tensors
 def write_half_then_die(tensors, path, **rest):
     if name == "blocks" and path.name == "layer-0001.safetensors":
-        path.with_name(path.name + ".partial").write_bytes(b"half")
+        path.with_name(f".{path.name}.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(tensors, path, **rest)
 qat_student.save_tensors = write_half_then_die

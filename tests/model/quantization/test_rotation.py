@@ -144,7 +144,7 @@ def test_a_kill_between_blocks_changes_nothing(tmp_path: Path, monkeypatch: pyte
 
     def save_then_die(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if len(saved) == 2:
-            path.with_name(path.name + ".partial").write_bytes(b"half")
+            path.with_name(f".{path.name}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         saved.append(path)
         save(tensors, path)

@@ -47,7 +47,7 @@ from tests.model.quantization.test_stage import context, GptqParams, QUICK
 save, seen = writing.save_tensors, []
 def save_then_die(tensors, path, **rest):
     if len(seen) == 1:  # the second layer: its file is half written when the process dies
-        Path(str(path) + ".partial").write_bytes(b"half")
+        path.with_name(f".{path.name}.tmp").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     seen.append(path)
     save(tensors, path, **rest)
@@ -351,11 +351,11 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
     assert ended.returncode == -9, ended.stderr.decode()
     work = tmp_path / "killed-work" / "draw-0"
     kept = sorted(path.name for path in work.iterdir())
-    assert kept == ["layer-0000.safetensors", "layer-0001.safetensors.partial"]
+    assert kept == [".layer-0001.safetensors.tmp", "layer-0000.safetensors"]
     assert not any((tmp_path / "killed").iterdir())
-    stamp = (work / kept[0]).stat().st_mtime_ns
+    stamp = (work / kept[1]).stat().st_mtime_ns
     resumed = quantize(tmp_path, source, out="killed")
-    assert (work / kept[0]).stat().st_mtime_ns == stamp  # not done again
+    assert (work / kept[1]).stat().st_mtime_ns == stamp  # not done again
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
     for name in names:
