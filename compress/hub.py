@@ -6,44 +6,33 @@ Fetching is the teacher's business (``compress.teachers``).
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from compress import hub_cache
 from compress.errors import ModelError
 from compress.json_reader import read_table
 from compress.model.shapes import check_config
 from compress.names import is_hub_name
 
-__all__ = ["config_at_hand", "has_weights", "is_hub_name", "local_folder", "read_config"]
-
-
-def _cached(spec: str) -> Path | None:
-    """Newest snapshot of ``spec`` in the hub's cache; looked up by hand, because importing the client takes long."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    name, _, revision = spec.partition("@")
-    models = cache / ("models--" + name.replace("/", "--"))
-    if revision:  # a branch or tag stands in refs with its commit, a commit names its folder
-        ref = models / "refs" / revision
-        folder = models / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
-        return folder if (folder / "config.json").is_file() else None
-    snapshots = models / "snapshots"
-    found = [folder for folder in snapshots.glob("*") if (folder / "config.json").is_file()]
-    return max(found, key=lambda folder: (folder.stat().st_mtime, folder.name), default=None)
+__all__ = ["config_at_hand", "is_hub_name", "is_whole", "local_folder", "read_config"]
 
 
 def local_folder(spec: str) -> Path | None:
-    """The folder with ``config.json`` that ``spec`` means on this machine, weights or not; None when there is none."""
+    """The folder with ``config.json`` that ``spec`` means on this machine, weights or not; None when there is none.
+
+    A hub name without a revision means ``main``, never what was fetched last.
+    """
     folder = Path(spec)
     if folder.is_dir():
         return folder
-    return _cached(spec) if is_hub_name(spec) else None
+    found = hub_cache.snapshot(spec) if is_hub_name(spec) else None
+    return found if found is not None and (found / "config.json").is_file() else None
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether ``folder`` holds safetensors."""
-    return next(folder.glob("*.safetensors"), None) is not None
+def is_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds all safetensors that it should, and no link in it leads to nothing."""
+    return not hub_cache.missing_of_model(folder)
 
 
 def config_at_hand(spec: str) -> dict[str, Any] | None:

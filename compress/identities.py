@@ -26,7 +26,7 @@ MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"}
 def digest_of(value: Any) -> str:
     """SHA-256 of the canonical JSON of ``value``: blind to the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # a file's name may be no UTF-8
 
 
 def source_identity(path: Path, file_digest: FileDigest) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # The hub's own rule: letters, digits, "-", "_" and "."; an owner does not begin with a dot, which would be a path.
-# A revision (commit or tag) may follow; who cannot take one says so.
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:@[\w.-]+)?", re.ASCII)
+# A revision (branch, tag or commit; branches such as refs/pr/1 hold slashes) may follow; who cannot take one says so.
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9_][\w.-]*)(?:@[\w-][\w.-]*(?:/[\w-][\w.-]*)*)?", re.ASCII)
 # Endings of files that users name; a hub name may hold dots (Qwen/Qwen2.5-0.5B), but it does not end like a file.
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".text", ".yaml", ".yml", ".safetensors")
 _UNFIT = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -89,7 +89,7 @@ class Facts:
         if Path(spec).is_file():  # recorded replies
             return Outside(Path(spec), self.store.file_digest(Path(spec)))
         folder = hub.local_folder(spec)
-        if hub.is_hub_name(spec) and not (folder and hub.has_weights(folder)):
+        if hub.is_hub_name(spec) and not (folder and hub.is_whole(folder)):
             if not self.fetch:
                 key = identities.digest_of({"hub": spec})  # nothing more is known of it before it is fetched
                 return Outside(folder or Path(spec), key)

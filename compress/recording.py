@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from compress import doctor, run_record
 from compress.errors import EdgestillError, StoreError, safe_to_show
+from compress.hub_cache import commit_of_folder
 from compress.json_reader import parse_json, read_table
 from compress.plans import Node, Plan
 from compress.run_record import (
@@ -180,6 +181,8 @@ class Recorder:
         teacher: dict[str, Any] = {}
         if facts.teacher is not None:
             teacher = {"path": str(facts.teacher.path), "identity": facts.teacher.key}
+            if profile.teacher != teacher["path"]:  # a name on the hub
+                teacher |= {"name": profile.teacher, "commit": commit_of_folder(facts.teacher.path)}
         self.record: RunRecord = {
             "schema": run_record.SCHEMA,
             "id": run_id,

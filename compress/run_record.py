@@ -207,7 +207,7 @@ class RunRecord(TypedDict):
     finished: str | None
     seconds: float
     profile: dict[str, Any]  # {"name", "path", "description", "values": all values with defaults}
-    teacher: dict[str, Any]  # {"name", "path", "identity", "parameters", "bytes"}
+    teacher: dict[str, Any]  # {"path", "identity"}; of a hub model also {"name", "commit"}
     target: dict[str, Any] | None  # {"name", ...facts of the device}
     versions: dict[str, str]  # package -> version, "python" and "edgestill" included
     device: dict[str, Any]  # {"cpu", "cores", "threads", "memory_bytes", "instruction_sets", "system"}

@@ -184,15 +184,17 @@ def _teacher_identity(spec: str) -> str:
     raise ModelError(f"--teacher {spec}", "no such file or folder", allowed)
 
 
-def _as_rows(slot: str, path: Path, temporary: Path) -> Path:
-    """``path`` as an artifact folder of rows; files of rows are read into ``temporary``."""
+def _as_rows(slot: str, path: Path, temporary: Path, notes: list[str]) -> Path:
+    """``path`` as an artifact folder of rows; files are read into ``temporary``, with what the reader decided."""
     if slot not in ("data", "test", "reference") or (path.is_dir() and (path / "rows.parquet").is_file()):
         return path
     from compress.data.rows import read_source, write_rows  # loads pyarrow
 
     folder = temporary / slot
     folder.mkdir()
-    write_rows(folder, read_source(path).rows)
+    found = read_source(path)
+    write_rows(folder, found.rows)
+    notes += found.notes
     return folder
 
 
@@ -367,9 +369,10 @@ def _run(request: Request, temporary: Path, work: Path, progress: Progress) -> S
 
         teacher = open_teacher(request.teacher, threads=threads)
         teachers = {name: open_teacher(request.teachers[name], threads=threads) for name in _named(request)}
+    notes: list[str] = []
     context = StageContext(
         name=stage.name,
-        inputs={slot: _as_rows(slot, path, temporary) for slot, path in request.inputs.items()},
+        inputs={slot: _as_rows(slot, path, temporary, notes) for slot, path in request.inputs.items()},
         out=made,
         work=work,
         seed=request.seed,
@@ -380,6 +383,7 @@ def _run(request: Request, temporary: Path, work: Path, progress: Progress) -> S
         threads=threads,
     )
     result = load_function(stage)(request.params, context)
+    result.notes[:0] = notes
     if request.out is not None:
         _save(made, request.out)
     return result

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from compress import hub, hub_cache
 from compress.answers import Generation, TokenScores
 from compress.encoding import TokenRow, decode, encode_prompt, load_tokenizer, stop_ids
 from compress.endpoint import ChatClient, Reply, Request
@@ -129,18 +130,28 @@ def fetch_hub_model(name: str) -> Path:
     """Folder of a hub model in the local hub cache, fetched when it is not there: safetensors and text files only.
 
     Raises:
-        ModelError: no such model, no access, or no network.
+        ModelError: no such model, no access, or no network; or files are missing after all.
     """
+    folder = hub.local_folder(name)
+    if folder is not None and hub.is_whole(folder):
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    do = "Fetch it where there is a network, and give the folder's path as teacher"
     try:
         model, _, revision = name.partition("@")
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        do = "Fetch it where there is a network, and give the folder's path as teacher"
-        raise ModelError(name, f"is no folder here and cannot be fetched from the hub ({first})", do=do) from error
+        got = f"is no folder here and cannot be fetched from the hub ({first}); {hub_cache.held(name)}"
+        if folder is not None:
+            got += f"; its files {', '.join(hub_cache.missing_of_model(folder))} are missing there"
+        raise ModelError(name, got, do=do) from error
+    missing = hub_cache.missing_of_model(folder)
+    if missing:  # without a network the client gives what is there
+        raise ModelError(name, f"the snapshot {folder} lacks {', '.join(missing)}", "a whole snapshot", do)
+    return folder
 
 
 # ---------------------------------------------------------------------------------- a model folder

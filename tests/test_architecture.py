@@ -27,13 +27,14 @@ ALLOWED = {
     ),
     "compress.data": (
         "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",
-        "compress.answers",
+        "compress.answers", "compress.hub_cache",
     ),
     "compress.model": (
         "compress.model", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint_logprobs",
     ),
     "compress.errors": (),
     "compress.files": (),
+    "compress.hub_cache": (),
     "compress.names": (),
     "compress.patterns": (),
     "compress.chat_templates": (),

@@ -231,6 +231,8 @@ def test_hub_name_with_a_cached_config(tmp_path: Path, monkeypatch: pytest.Monke
     snapshot = tmp_path / "cache" / "hub" / "models--somebody--some-model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps(CONFIG))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
     found = foretold(folder(tmp_path), "teacher=somebody/some-model")
     assert found.figures["teacher parameters"] == (134_515_008, "parameters")
 

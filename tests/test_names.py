@@ -11,7 +11,15 @@ from compress.names import closest, is_hub_name, nearest
 
 @pytest.mark.parametrize(
     "text",
-    ["owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B", "a-b_c/d.e_f", "o/v1.5", "o/d@v1.0"],
+    [
+        "owner/name",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Qwen/Qwen2.5-0.5B",
+        "a-b_c/d.e_f",
+        "o/v1.5",
+        "o/d@v1.0",
+        "o/d@refs/pr/1",
+    ],
 )
 def test_hub_names(text: str) -> None:
     assert is_hub_name(text)
@@ -36,6 +44,9 @@ def test_hub_names(text: str) -> None:
         "http://host",
         "owner/na me",
         "owner/name@",
+        "owner/name@..",
+        "owner/name@refs/../../x",
+        "owner/name@/x",
         "owner/pool.jsonl@v1",
         "öwner/name",
         "",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.data.records import CANONICAL, Message, RecordError, parse_record
+from compress.data.arrow_records import doubled, records
+from compress.data.hub_rows import SPLITS, dataset_records, is_saved, open_dataset, source_name
+from compress.data.plain import DEEPEST, RecordError, plain_json, plain_text, shown
+from compress.data.records import CANONICAL, parse_record
+from compress.data.turns import Message
 from compress.errors import DataError
 from compress.files import whole_file, write_whole
 from compress.names import is_hub_name
@@ -31,7 +37,8 @@ SEPARATOR = "<|endoftext|>"
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text",
 }  # fmt: skip
-SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "eval")}
+UNUSUAL = re.compile(r"\\u|\d[eE]\+?\d{3}")  # in stored JSON: perhaps half a surrogate pair, or a number beyond floats
+NAMED = 12  # columns that a note names
 ROWS, DROPPED, QUARANTINE = "rows.parquet", "dropped.parquet", "quarantine.jsonl"
 
 # Made once: json.dumps with settings makes a new encoder on every call.
@@ -80,7 +87,7 @@ class Row:
 
     def scores(self, stage: str) -> dict[str, Any]:
         """The scores that ``stage`` left on this row; empty when it left none."""
-        found = self.meta.get("scores", {}).get(stage, {})
+        found: dict[str, Any] = self.meta.get("scores", {}).get(stage, {})
         return dict(found)
 
     def with_scores(self, stage: str, **scores: Any) -> Row:
@@ -160,7 +167,8 @@ def write_rows(folder: Path, rows: Iterable[Row], dropped: Sequence[Dropped] = (
 
 def read_rows(folder: Path) -> list[Row]:
     """Rows of an artifact folder; raises `DataError` when there is none or it is damaged."""
-    return [_row(record) for record in _read_table(folder / ROWS)]
+    path = folder / ROWS
+    return [_row(record, f"{path}: row {number}") for number, record in enumerate(_read_table(path, _SCHEMA))]
 
 
 def read_dropped(folder: Path) -> list[Dropped]:
@@ -168,14 +176,18 @@ def read_dropped(folder: Path) -> list[Dropped]:
     path = folder / DROPPED
     if not path.exists():
         return []
-    return [Dropped(_row(r), r["reason"], r["detail"], r["stage"]) for r in _read_table(path)]
+    return [
+        Dropped(_row(r, f"{path}: row {number}"), r["reason"] or "", r["detail"] or "", r["stage"] or "")
+        for number, r in enumerate(_read_table(path, _DROPPED_SCHEMA))
+    ]
 
 
 def write_quarantine(folder: Path, items: Sequence[Quarantined]) -> None:
     """Write ``quarantine.jsonl``; nothing when ``items`` is empty."""
     if items:
         lines = [canonical_json({"where": q.where, "error": q.error, "raw": q.raw}) for q in items]
-        write_whole(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode())
+        # a file's name may hold bytes that are no UTF-8; their escape is also JSON's
+        write_whole(folder / QUARANTINE, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -200,9 +212,42 @@ def _record(row: Row) -> dict[str, str | None]:
     }
 
 
-def _row(record: Mapping[str, Any]) -> Row:
-    messages = tuple(json.loads(record["messages"]))
-    return Row(record["id"], record["source"], messages, record["text"], record["label"], json.loads(record["meta"]))
+def _row(record: Mapping[str, Any], where: str) -> Row:
+    """The row of a line of our own table; raises `DataError` when it holds something else."""
+    messages, meta = (_stored_json(record[name], f"{where}, {name}") for name in ("messages", "meta"))
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise _damaged(f"{where}, messages", "no list of messages")
+    scores = meta.get("scores", {}) if isinstance(meta, dict) else None
+    if not isinstance(scores, dict) or not all(isinstance(of_stage, dict) for of_stage in scores.values()):
+        raise _damaged(f"{where}, meta", "no object, or its scores are none")
+    for name in ("id", "source", "text"):
+        if record[name] is None:
+            raise _damaged(f"{where}, {name}", "null")
+    return Row(record["id"], record["source"], tuple(messages), record["text"], record["label"], meta)
+
+
+def _is_message(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"role", "content"} <= value.keys()
+        and all(isinstance(part, str) for part in value.values())
+    )
+
+
+def _stored_json(text: str | None, where: str) -> Any:
+    try:
+        value = json.loads(text or "", parse_constant=_no_constant)
+        if UNUSUAL.search(text or "") or (text or "").count("{") + (text or "").count("[") > DEEPEST:
+            plain_json(value, [])  # nested deeper than we write
+            canonical_json(value).encode()  # what we could not write again
+    except (ValueError, RecursionError):
+        raise _damaged(where, f"{shown(text)!r} is not JSON" if text else "empty") from None
+    return value
+
+
+def _damaged(where: str, got: str) -> DataError:
+    do = "The artifact is damaged or was not written by edgestill: make it anew"
+    return DataError(where, got, "what edgestill writes", do)
 
 
 def _write_table(path: Path, records: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -210,14 +255,19 @@ def _write_table(path: Path, records: list[dict[str, Any]], schema: pa.Schema) -
         pq.write_table(pa.Table.from_pylist(records, schema=schema), stream, compression="zstd")
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
+def _read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     try:
-        records: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
+        missing = [name for name in schema.names if name not in table.schema.names]
+        if missing or doubled(table.schema):
+            got = f"no column {', '.join(missing)}" if missing else f"two columns {doubled(table.schema)}"
+            raise DataError(str(path), got, "the columns " + ", ".join(schema.names))
+        stored: list[dict[str, Any]] = table.select(schema.names).cast(schema).to_pylist()
     except FileNotFoundError:
         raise DataError(str(path), "there is no such file", "a data artifact folder") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(str(path), f"cannot be read as Parquet ({_first_line(error)})") from None
-    return records
+    return stored
 
 
 # ---------------------------------------------------------------------------------- a user's files
@@ -231,12 +281,17 @@ class _Reader:
     quarantine: bool
     separator: str
     out: SourceRead = field(default_factory=lambda: SourceRead([]))
+    kept: Counter[str] = field(default_factory=Counter)  # columns that went to meta -> rows
+    said: Counter[str] = field(default_factory=Counter)  # what else was decided -> rows
 
-    def add(self, record: object, where: str, source: str) -> None:
+    def add(self, record: object, where: str, source: str, raw: str | None = None) -> None:
+        """Make a row of ``record``; ``raw`` is its line, where it has one."""
         try:
+            if isinstance(record, RecordError):
+                raise record
             found = parse_record(record, self.columns)
         except RecordError as error:
-            self.bad(DataError(where, error.got, error.allowed, error.do), json.dumps(record, default=str))
+            self.bad(DataError(where, error.got, error.allowed, error.do), _raw(record) if raw is None else raw)
             return
         row = make_row(
             messages=found.messages,
@@ -245,14 +300,35 @@ class _Reader:
             source=found.source or source,
             meta=found.meta,
         )
+        kept = found.kept
         if row.meta.get("id") == row.id:  # our own column coming back
             del row.meta["id"]
+            kept = tuple(name for name in kept if name != "id")
         self.out.rows.append(row)
+        self.kept.update(kept)
+        self.said.update(found.said)
 
     def bad(self, error: DataError, raw: str) -> None:
         if not self.quarantine:
             raise error
         self.out.quarantined.append(Quarantined(error.where, str(error), raw))
+
+    def add_notes(self) -> None:
+        """Say what the rows do not show: which columns no model sees, and what was decided."""
+        if self.kept:
+            named = [f"{shown(name)} ({count} rows)" for name, count in list(self.kept.items())[:NAMED]]
+            more = f" and {len(self.kept) - NAMED} more" if len(self.kept) > NAMED else ""
+            hint = "data.columns can name the part that one is, such as {label: intent, context: page}"
+            self.out.notes.append(f"columns kept in meta, where no model sees them: {', '.join(named)}{more}; {hint}")
+        self.out.notes.extend(f"{phrase} ({count} rows)" for phrase, count in self.said.items())
+
+
+def _raw(record: object) -> str:
+    """What is put aside of a record that has no line of its own."""
+    try:
+        return json.dumps(record, default=str)
+    except (RecursionError, TypeError, ValueError):
+        return ""
 
 
 def read_source(
@@ -280,17 +356,19 @@ def read_source(
         raise DataError("columns", f"unknown names {', '.join(unknown)}", ", ".join(CANONICAL))
     reader = _Reader(columns or {}, on_error == "quarantine", separator)
     place = Path(path)
-    if format == "datasets" or _is_datasets_folder(place) or (not place.exists() and is_hub_name(str(path), Path())):
+    if format == "datasets" or is_saved(place) or (not place.exists() and is_hub_name(str(path), Path())):
         _read_datasets(reader, str(path), split)
     elif place.is_dir():
         for file in folder_files(place, split):
-            _read_file(reader, file, format, source=file.relative_to(place).as_posix())
+            _read_file(reader, file, format, source=plain_text(file.relative_to(place).as_posix(), []))
+        _note_left_out(reader, place)
     else:
-        _read_file(reader, place, format, source=place.name)
+        _read_file(reader, place, format, source=plain_text(place.name, []))
     if not reader.out.rows:
         put_aside = reader.out.quarantined
         got = f"all {len(put_aside)} lines are unusable, the first: {put_aside[0].error}" if put_aside else "no rows"
         raise DataError(str(path), got, "at least one row", "" if put_aside else "Check that the file is not empty")
+    reader.add_notes()
     return reader.out
 
 
@@ -302,9 +380,7 @@ def folder_files(folder: Path, split: str | None = None) -> list[Path]:
     """
     if (folder / ROWS).exists():
         return [folder / ROWS]
-    found = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.suffix in FORMATS and not _hidden(p.relative_to(folder))
-    )
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and _format(p) and not _hidden(p.relative_to(folder)))
     if split is not None:
         names = SPLITS.get(split, (split,))
         found = [p for p in found if any(part.startswith(names) for part in p.relative_to(folder).parts)]
@@ -312,6 +388,25 @@ def folder_files(folder: Path, split: str | None = None) -> list[Path]:
         wanted = f" of the split {split!r}" if split else ""
         raise DataError(str(folder), f"no data files{wanted}", "files ending in " + ", ".join(FORMATS))
     return found
+
+
+def _format(path: Path) -> str:
+    """The format that the ending says; empty for an unknown one."""
+    return FORMATS.get(path.suffix.lower(), "")
+
+
+def _note_left_out(reader: _Reader, folder: Path) -> None:
+    """Name the files beside those that were read, such as tables of other formats."""
+    if (folder / ROWS).exists():
+        return
+    found = sorted(
+        p.relative_to(folder) for p in folder.rglob("*")
+        if p.is_file() and not _format(p) and not _hidden(p.relative_to(folder))
+    )  # fmt: skip
+    if found:
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        named = ", ".join(shown(path.as_posix()) for path in found[:NAMED])
+        reader.out.notes.append(f"files left unread, since only {', '.join(FORMATS)} are rows: {named}{more}")
 
 
 def _hidden(path: Path) -> bool:
@@ -322,7 +417,7 @@ def _hidden(path: Path) -> bool:
 def _read_file(reader: _Reader, path: Path, format: Format, *, source: str) -> None:
     if not path.exists():
         raise DataError(str(path), "there is no such file or folder", do="Check the path under data in the profile")
-    kind = FORMATS.get(path.suffix, "") if format == "auto" else format
+    kind = _format(path) if format == "auto" else format
     readers: dict[str, Callable[[_Reader, Path, str], None]] = {
         "jsonl": _read_json, "parquet": _read_parquet, "text": _read_text,
     }  # fmt: skip
@@ -369,24 +464,37 @@ def _read_json(reader: _Reader, path: Path, source: str) -> None:
         if not line.strip():
             continue
         try:
-            record = json.loads(line, parse_constant=_no_constant)
+            record = _loads(line)
         except (ValueError, RecursionError) as error:
             reader.bad(_bad_json(f"{path}:{number}", error), line)
             continue
-        reader.add(record, f"{path}:{number}", source)
+        reader.add(record, f"{path}:{number}", source, line)
 
 
 def _read_json_list(reader: _Reader, path: Path, source: str) -> None:
     stopper = replace(reader, quarantine=False)  # a broken list has no lines that could be put aside
     text = "\n".join(line for _, line in _lines(stopper, path))
     try:
-        records = json.loads(text, parse_constant=_no_constant)
+        listed = _loads(text)
     except json.JSONDecodeError as error:
         raise _bad_json(f"{path}:{error.lineno}", error) from None
     except (ValueError, RecursionError) as error:
         raise _bad_json(str(path), error) from None
-    for index, record in enumerate(records):
+    for index, record in enumerate(listed):
         reader.add(record, f"{path}[{index}]", source)
+
+
+def _loads(text: str) -> Any:
+    """Strict JSON: no NaN, and no key twice in one object, of which one value would be lost."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shown(next(key for key in counts if counts[key] > 1))!r} stands twice")
+    return found
 
 
 def _no_constant(name: str) -> None:
@@ -396,17 +504,21 @@ def _no_constant(name: str) -> None:
 def _bad_json(where: str, error: Exception) -> DataError:
     if isinstance(error, json.JSONDecodeError):
         got = f"malformed JSON: {error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        got = "malformed JSON: nested too deeply"
     else:
-        got = "malformed JSON: " + ("nested too deeply" if isinstance(error, RecursionError) else str(error))
+        got = f"malformed JSON: {str(error).partition('; use sys.')[0]}"  # an integer of more than 4,300 digits
     return DataError(where, got, "one JSON object per line", "Correct the line, or set data.on_error: quarantine")
 
 
 def _read_parquet(reader: _Reader, path: Path, source: str) -> None:
     try:
         file = pq.ParquetFile(path)
+        if (name := doubled(file.schema_arrow)) is not None:
+            raise DataError(str(path), f"two columns are called {shown(name)!r}", "different names", "Rename one")
         number = 0
         for batch in file.iter_batches(batch_size=4096):
-            for record in batch.to_pylist():
+            for record in records(batch):
                 reader.add(record, f"{path}: row {number}", source)
                 number += 1
     except pa.ArrowException as error:
@@ -433,39 +545,13 @@ def _read_text(reader: _Reader, path: Path, source: str) -> None:
             reader.out.rows.append(make_row(text=piece.strip(), source=source))
 
 
-# ---------------------------------------------------------------------------------- datasets and the hub
-
-
-def _is_datasets_folder(path: Path) -> bool:
-    """A folder that `datasets.save_to_disk` wrote."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
 def _read_datasets(reader: _Reader, name: str, split: str | None) -> None:
-    import datasets  # slow to import, and only this branch needs it
-    from datasets.exceptions import DatasetsError
-
-    wanted = split or "train"
-    on_disk, (hub_name, _, revision) = _is_datasets_folder(Path(name)), name.partition("@")
-    try:
-        found: Any = (
-            datasets.load_from_disk(name) if on_disk else datasets.load_dataset(hub_name, revision=revision or None)
-        )
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            name,
-            f"no such file or folder, and as a hub data set it cannot be loaded ({_first_line(error)})",
-            "a path, or a hub name owner/name, or owner/name@revision",
-            "Check the spelling, and the network if it is a hub name",
-        ) from None
-    if isinstance(found, Mapping):
-        names = SPLITS.get(wanted, (wanted,))
-        key = next((k for k in found if str(k) in names), None)
-        if key is None:
-            raise DataError(name, f"no split {wanted!r}; found {', '.join(map(str, found))}")
-        found = found[key]
-    for index, record in enumerate(found):
-        reader.add(record, f"{name}[{index}]", name if is_hub_name(name, Path()) else Path(name).name)
+    found, note = open_dataset(name, split)
+    if note:
+        reader.out.notes.append(note)
+    source = plain_text(source_name(name), [])
+    for index, record in enumerate(dataset_records(found)):
+        reader.add(record, f"{name}[{index}]", source)
 
 
 def _first_line(error: Exception) -> str:

@@ -87,7 +87,8 @@ def test_json_list_text_parquet_and_folder(tmp_path: Path) -> None:
     assert [r.text for r in read.rows] == ["one", "two", "three", "four\nmore", "five", "six"]
     assert [r.source for r in read.rows][3] == "c.txt"
     assert read.rows[-1].meta == {"when": "2026-01-02"}
-    assert not read.notes
+    assert len(read.notes) == 1
+    assert "columns kept in meta, where no model sees them: when (1 rows)" in read.notes[0]
 
 
 @pytest.mark.parametrize(

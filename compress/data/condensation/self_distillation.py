@@ -19,9 +19,9 @@ from compress.context import StageContext, StageResult
 from compress.data.condensation.params import SelfDistillationParams
 from compress.data.funnel import finish
 from compress.data.journal import Journal
-from compress.data.records import Message
 from compress.data.rows import Row, canonical_json, make_row, read_rows
 from compress.data.selection.near_duplicates import answer_key
+from compress.data.turns import Message
 from compress.endpoint import Reply
 from compress.errors import UserError
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 
+from compress.data.characters import FROZEN, fold
 from compress.data.rows import Row, canonical_json
 from compress.data.words import words
 
@@ -123,8 +123,7 @@ def band_hashes(
 
 def normal_text(text: str) -> str:
     """Compatibility forms folded, lower case, single spaces."""
-    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(folded.casefold().split())
+    return " ".join(fold(text if text.isascii() else FROZEN.normalize("NFKC", text)).split())
 
 
 def answer_key(row: Row) -> str:
