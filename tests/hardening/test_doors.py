@@ -240,7 +240,7 @@ def test_large_configs_are_taken_and_no_plan_takes_for_ever() -> None:
         "num_hidden_layers": 1024,
     }
     check_config(widest)
-    with pytest.raises(ModelError, match="shapes of .* would have to be tried"):
+    with pytest.raises(ModelError, match=r"shapes of .* would have to be tried"):
         shape_for_ratio(widest, 0.3, axes=("heads", "hidden", "layers", "ffn"))
 
 
