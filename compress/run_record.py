@@ -21,9 +21,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from annotated_types import MinLen
 from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
 
 from compress.errors import StoreError, UserError
@@ -177,7 +176,7 @@ class AllocationPoint(TypedDict):
 class Allocation(TypedDict):
     """The metric of a step that chose bits under a budget: the frontier of all choices, and what was chosen."""
 
-    frontier: Annotated[list[AllocationPoint], MinLen(1)]
+    frontier: list[AllocationPoint]
     bytes: float
     foretold_kl: float
 
@@ -253,6 +252,8 @@ def read(path: Path) -> RunRecord:
         for key, kind in (("allocation", Allocation), ("local_estimate", dict[str, Any])):
             if figures.get(key) is not None:
                 checked(kind, figures[key], f"{path}: stages.{at}.metrics.{key}", UserError)
+        if figures.get("allocation") and not figures["allocation"]["frontier"]:
+            raise UserError(f"{path}: stages.{at}.metrics.allocation", "an empty frontier", "a point or more")
     if record["status"] == "running" and is_dead(path.parent):
         record["status"], record["verdict"] = "interrupted", KILLED
     return cast(RunRecord, record)

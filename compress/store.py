@@ -30,11 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from typing_extensions import TypedDict  # that of typing is not read by pydantic before Python 3.12
-
 from compress.errors import EdgestillError, StoreError, UserError
 from compress.files import file_sha256, json_text, sync, write_whole
-from compress.json_reader import JsonFault, checked, parse_json, read_table, required
+from compress.json_reader import JsonFault, parse_json, read_table, required
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +76,6 @@ def _check_json(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check_json(inner)
-
-
-class _File(TypedDict):
-    """What a manifest says of a file."""
-
-    size: int
-    sha256: str
 
 
 @dataclass
@@ -425,23 +416,30 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         OSError: it cannot be read.
         ValueError: it is no manifest of the artifact that is called like ``folder``.
     """
-    where = "its manifest"
     try:
         content = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     try:
-        manifest = required({"it": parse_json(content)}, "it", dict, where, StoreError)
-        files, read = required(manifest, "files", dict, where, StoreError), manifest.get("read")
+        manifest = required({"it": parse_json(content)}, "it", dict, "manifest", StoreError)
+        files = required(manifest, "files", dict, "manifest", StoreError)
+        read = None if manifest.get("read") is None else required(manifest, "read", dict, "manifest", StoreError)
         own = manifest.get("schema") == SCHEMA and manifest.get("key") == folder.name
         if not own or not all(map(_is_inside, files)):
             raise JsonFault("of another store")
-        checked(dict[str, _File], files, where, StoreError)
-        checked(dict[str, str] | None, read, where, StoreError)
+        found = {name: required(files, name, dict, "files", StoreError) for name in files}
+        return {
+            "files": {
+                name: {
+                    "size": required(facts, "size", int, f"files.{name}", StoreError, least=0),
+                    "sha256": required(facts, "sha256", str, f"files.{name}", StoreError),
+                }
+                for name, facts in found.items()
+            },
+            "read": None if read is None else {slot: required(read, slot, str, "read", StoreError) for slot in read},
+        }
     except StoreError as error:
-        raise ValueError(str(error)) from error
-    told = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in files.items()}
-    return {"files": told, "read": read}
+        raise JsonFault(str(error)) from error
 
 
 def check_artifact(folder: Path) -> None:

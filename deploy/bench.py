@@ -98,7 +98,11 @@ class BenchRecord:
             raise EdgestillError(f"bench {where}", got)
         checked(cls, {"where": where, **seen}, f"bench {where}", EdgestillError)
         checked(_Machine, seen["machine"], f"bench {where}: machine", EdgestillError)
-        spreads = {name: Spread(**seen[name]) for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s")}
+        ends = ("low", "median", "high")  # of a spread; another runner may tell more
+        spreads = {
+            name: Spread(*(seen[name][end] for end in ends))
+            for name in ("prefill_s", "decode_s_per_token", "first_token_spread_s")
+        }
         return cls(where=where, **(seen | spreads))
 
 

@@ -3,6 +3,7 @@
 Nothing that brings another program down is stored: every input is made from a valid one and a number.
 """
 
+# ruff: noqa: E501 - long tables of what goes wrong
 from __future__ import annotations
 
 import json
@@ -213,7 +214,7 @@ TEMPLATES = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% set r = range(99999)|list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "{% set n = namespace(x='abcdefgh') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
     "{% set n = namespace(x=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x, n.x] %}{% endfor %}{{ n.x|tojson }}", "{{ 'x'|center(10**9) }}",
-    "{{ 'x'.ljust(10**9) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 10**10**7 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ 'x'.ljust(10**9) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 10**1000000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ messages[0].__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ nothing.x.y }}", "{{ messages[99].content }}", "{% if %}", "{{", "{% for %}", "{{ " + "(" * 5000,
     "{{ " + "-" * 5000 + "1 }}", "{{ lipsum(10**8) }}", "{{ '\\ud800' }}", "{{ messages|map(attribute='content')|join }}", "{{ messages|tojson }}", "{{ bos_token }}", "",
     "{{ (['x' * 1000000] * 1000000)|join }}", "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}", "{{ range(10)|batch(10**9, 'x')|list }}", "{{ 'x'|indent(10**9) }}",

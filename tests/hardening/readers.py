@@ -4,6 +4,7 @@ A `Reader` has ``seed(made)``, which copies a valid input into a new folder, ``m
 ``read(folder)``, which must return or raise an `EdgestillError` of exit code 1 or 2. What takes long is made once.
 """
 
+# ruff: noqa: E501 - long tables of what goes wrong
 from __future__ import annotations
 
 import hashlib

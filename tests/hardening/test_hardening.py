@@ -1,7 +1,7 @@
 """Mutated inputs over every reader: each is read, or refused by a message with exit code 1 or 2. No faults, no crashes.
 
-Here some of each; ``EDGESTILL_MUTATIONS=5000 pytest tests/hardening -m 'slow or not slow'`` reads so many. What fails is
-named ``READER:SEED``, which ``python -m tests.hardening.worker`` repeats.
+Here some of each; ``EDGESTILL_MUTATIONS=5000 pytest tests/hardening -m 'slow or not slow'`` reads so many. What fails
+is named ``READER:SEED``, which ``python -m tests.hardening.worker`` repeats.
 """
 
 from __future__ import annotations
