@@ -83,11 +83,9 @@ def refuse_empty(arguments: Sequence[str]) -> None:
         if option and "=" not in text:
             continue
         if not value.strip():
-            before = arguments[at - 1] if at else ""
-            where = option or (before if before.startswith("-") else f"argument {at + 1}")
-            raise UserError(
-                where, f"got {value!r}, an empty value", "a value", "An unset variable of a shell gives one."
-            )
+            before = arguments[at - 1] if at and arguments[at - 1].startswith("-") else f"argument {at + 1}"
+            do = "An unset variable of a shell gives one."
+            raise UserError(option or before, f"got {value!r}, an empty value", "a value", do)
 
 
 @contextmanager
@@ -165,9 +163,7 @@ def show_json(value: Any) -> None:
     from compress.files import json_text
 
     text = json_text(value, indent=1)
-    print(
-        "".join(sign if sign.isprintable() or sign == "\n" else json_text(sign, ascii_only=True)[1:-1] for sign in text)
-    )
+    print("".join(x if x.isprintable() or x == "\n" else json_text(x, ascii_only=True)[1:-1] for x in text))
 
 
 @app.command()

@@ -116,9 +116,7 @@ def endpoint_targets(
     codec = Codec("topk", params.top_k)
     header = cache_header(named, vocab=table.vocab, codec=codec, temperature=1.0)
     scorer = PromptScorer(teacher.client, header.top_k)
-    spelling = Spelling(named[0], table.vocab)
-
-    journal = Journal(folder, SAID)
+    spelling, journal = Spelling(named[0], table.vocab), Journal(folder, SAID)
 
     def code(batch: EvenBatch) -> Said:
         rows = batch.rows
