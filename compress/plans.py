@@ -291,8 +291,11 @@ class _Builder:
                                do="Give data.reference, or set mix: uniform.")  # fmt: skip
 
     def ship(self) -> None:
-        """Export and evaluate the bundle, when there is a model and export is not switched off."""
-        model = self.slots.get("model") or self.facts.teacher
+        """Export and evaluate the bundle, when there is a model and export is not switched off.
+
+        A teacher that only answers is none: a profile of data steps alone ends with their rows.
+        """
+        model = self.slots.get("model") or self._teacher_model
         if model is None or self.profile.export is None:
             return
         self.slots["model"] = model
@@ -306,6 +309,12 @@ class _Builder:
         bundle = self.add(line, params, inputs)
         self.slots["bundle"] = self.roles["bundle"] = bundle
         self.evaluate("bundle", "bundle", "bundle")
+
+    @property
+    def _teacher_model(self) -> Outside | None:
+        """The teacher, unless it is an endpoint or a file of replies."""
+        teacher = self.facts.teacher
+        return None if teacher is None or is_address(str(teacher.path)) or teacher.path.is_file() else teacher
 
     def judge(self) -> None:
         """The gate over all evaluations; without evaluations there must be no limits."""
@@ -325,7 +334,7 @@ class _Builder:
             return
         lengths = {name: value for name, value in values.items() if name in ("prompt_tokens", "new_tokens")}
         self._check_lengths(lengths)
-        subjects = {"teacher": self.facts.teacher, "student": self.roles.get("student")}
+        subjects = {"teacher": self._teacher_model, "student": self.roles.get("student")}
         for subject, source in subjects.items():
             if source is not None and (isinstance(source, Node) or self._has_weights()):
                 node = self.implied(
@@ -371,8 +380,12 @@ def plan(
 
     Raises:
         ProfileError: a step is unknown, reads an empty slot or has wrong parameters; ``until`` names no step.
+        UserError: an endpoint's address or key cannot be used.
         DataError, ModelError, TargetError: a source, the teacher or the target is not there.
     """
+    for name, spec in profile.teachers.items():  # those that no step learns from stand in the record as well
+        if is_address(spec):
+            parse_address(spec, f"teachers.{name}")
     builder = _Builder(profile, store, table, fetch=fetch)
     builder.sources()
     if builder.facts.teacher is not None:

@@ -15,7 +15,9 @@ import compress.profile
 from compress import cli, doctor, errors, single
 from compress.context import StageContext
 from compress.data.rows import chat_row, read_source, write_jsonl
+from compress.endpoint import Reply
 from compress.stages import STAGES, Stage
+from compress.teachers import record
 from tests.fake_stages import TABLE, write_profile
 from tests.tiny import tiny_checkpoint
 
@@ -496,3 +498,36 @@ def test_doctor_says_how_to_install_what_is_missing(tmp_path: Path, monkeypatch:
         "what": "no-such-package", "value": "missing", "state": "problem", "do": "pip install no-such-package"
     }  # fmt: skip
     assert found["extra wings"]["do"] == "for flying: pip install 'edgestill[wings]'"
+
+
+@pytest.mark.parametrize("role", ["teacher: ADDRESS", "teachers: {other: 'ADDRESS'}"])
+@pytest.mark.parametrize("address", ["http://me:SECRETPW@127.0.0.1:9/v1#m", "http://127.0.0.1:9/v1?key=SECRETPW#m"])
+def test_a_password_in_an_address_is_refused_by_plan_and_kept_nowhere(
+    rows: Path, tmp_path: Path, role: str, address: str
+) -> None:
+    profile, store = tmp_path / "p.yaml", tmp_path / "store"
+    head = f"edgestill: 1\nname: ep\ndata: {{pool: {rows}}}\n{role.replace('ADDRESS', address)}\n"
+    profile.write_text(head + "steps:\n  - data.selection: {method: dedup}\n")
+    for command in ("plan", "run"):
+        message = failed(call(command, str(profile), "--store", str(store)), 2)
+        assert "the endpoint's URL holds a" in message
+        assert "SECRETPW" not in message
+    assert not any("SECRETPW" in path.read_text(errors="replace") for path in store.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_profile_of_data_steps_with_a_teacher_that_only_answers(rows: Path, tmp_path: Path, recorded: bool) -> None:
+    """There is no model to export, and nothing is judged: the rows are the result."""
+    asked = [[{"role": "user", "content": f"lock the {name} door"}] for name in ("hall", "attic", "garage")]
+    record(tmp_path / "replies.jsonl", asked, [Reply(CALL, -0.1, True)] * 3)
+    profile, store = tmp_path / "p.yaml", ["--store", str(tmp_path / "store")]
+    teacher = tmp_path / "replies.jsonl" if recorded else "http://127.0.0.1:9/v1#m"
+    head = f"edgestill: 1\nname: ep\nteacher: {teacher}\ndata: {{pool: {rows}}}\n"
+    profile.write_text(head + "steps:\n  - data.quality: {method: mislabel}\n")
+    planned = call("plan", profile, *store, "--json")
+    assert [stage["name"] for stage in json.loads(planned.stdout)["stages"]] == [
+        "data.source.read of pool",
+        "data.quality.mislabel",
+    ]
+    if recorded:
+        assert call("run", profile, *store).exit_code == 0
