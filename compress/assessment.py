@@ -26,11 +26,12 @@ from compress.context import StageContext, StageResult
 from compress.data.rows import Row, read_rows
 from compress.encoding import TokenRow, decode, load_tokenizer, stop_ids
 from compress.errors import DataError, UserError
+from compress.functions import functions_of
 from compress.model.shapes import parameter_count
 from compress.progress import Progress
 from compress.scores import Scores, as_measure, measure
 from evaluators import agreement
-from evaluators.metrics import parse_call, score_calls
+from evaluators.metrics import parse_call, score_calls, unknown_function
 
 PREDICTIONS = "predictions.jsonl"
 SLICE = 64  # tokens compared at once: float64 copies of (tokens, vocabulary) stay small for large vocabularies
@@ -229,12 +230,23 @@ def call_task(
                 texts[i] = text
             bar.advance(len(part))
     ids = [one.row.id for one in rows]
-    for name, values in score_calls(texts, [one.row.answer for one in rows]).items():
+    known = known_functions(params, ctx)
+    for name, values in score_calls(texts, [one.row.answer for one in rows], known).items():
         scores.add(name, ids, values)
     with (ctx.out / PREDICTIONS).open("w", encoding="utf-8") as out:
         for one, text in zip(rows, texts, strict=True):
             line = {"id": one.row.id, "request": one.row.user, "reference": one.row.answer, "prediction": text}
+            if (strange := unknown_function(text, known)) is not None:
+                line["unknown_function"] = strange
             out.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def known_functions(params: EvaluateParams, ctx: StageContext) -> set[str]:
+    """Names of the functions that there are: as the parameters say, else those that test and training rows call."""
+    if params.functions is not None:
+        return set(params.functions)
+    tables = [functions_of(ctx.inputs[slot]) for slot in ("test", "data") if slot in ctx.inputs]
+    return set().union(*tables)
 
 
 def _answers(subject: Subject, rows: Sequence[JudgedRow], limit: int) -> list[str]:

@@ -11,7 +11,7 @@ from compress.context import Params
 
 Task = Literal["function_call", "perplexity", "agreement"]
 METRICS: dict[Task, tuple[str, ...]] = {  # what each task measures
-    "function_call": ("exact_match", "function_accuracy", "argument_f1", "valid_json"),
+    "function_call": ("exact_match", "function_accuracy", "argument_f1", "valid_json", "unknown_function_rate"),
     "perplexity": ("perplexity", "nll"),
     "agreement": ("kl", "top1_agreement"),
 }
@@ -41,6 +41,9 @@ class EvaluateParams(Params):
         "truncate",
         description="a row longer than that: its text or answer loses its end, and what cannot be answered then is "
         "left out; or it is left out; or it is an error, before anything is measured",
+    )
+    functions: dict[str, list[str]] | None = Field(
+        None, description="functions that there are, with their arguments; left out: those that the rows call"
     )
     perplexity_rows: int = Field(200, ge=1, description="rows for perplexity and agreement, first of the sample")
 

@@ -243,10 +243,17 @@ class _Builder:
         inputs = {"test": self.slots["test"]}
         if method != "teacher":
             inputs[slot] = self.slots[slot]
-        values = self._held_to_context() | values
+        line = find("evaluate", method, self.table)
+        inputs |= {name: self.slots[name] for name in line.optional if name in self.slots}
+        values = self._held_to_context() | self._table_of_functions() | values
         node = self.implied("evaluate", method, values, inputs, where="evaluate",
                             of="" if method != "model" else f"after {label}")  # fmt: skip
         self.evaluations[f"evaluation.{len(self.evaluations):02d}.{label}"] = node
+
+    def _table_of_functions(self) -> dict[str, Any]:
+        """The functions that the bundle is told of, where the profile names them: every model is held against them."""
+        functions = (self.profile.export or {}).get("functions")
+        return {} if functions is None else {"functions": functions}
 
     def _held_to_context(self) -> dict[str, int]:
         """The bundle's context, where the profile sets one: every model is measured on what it can take."""

@@ -60,6 +60,11 @@ class ExportParams(Params):
     max_kl: float = Field(
         0.05, gt=0, description="of the graph as shipped: largest mean divergence from torch, nats per token"
     )
+    functions: dict[str, list[str]] | None = Field(
+        None,
+        description="functions that the device has, with their arguments, which run.py holds answers against; left "
+        "out: those that the data's rows call",
+    )
     licence: str | None = Field(None, description="licence of the model; left out: as its model card says")
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+FunctionTable = Mapping[str, Sequence[str]]  # name of a function -> names of its arguments
 CALL_METRICS = ("exact_match", "function_accuracy", "argument_f1", "valid_json")
 MAX_DEPTH = 100  # of the arguments of a call
 
@@ -72,8 +73,29 @@ def argument_f1(predicted: dict[str, Any], wanted: dict[str, Any]) -> float:
     return 2 * hits / (len(predicted) + len(wanted))
 
 
-def score_calls(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Array]:
+def functions_in(answers: Iterable[str]) -> dict[str, list[str]]:
+    """The functions that ``answers`` call, with the arguments that they give; empty where fewer than half are calls."""
+    calls = [parse_call(answer) for answer in answers]
+    found: dict[str, set[str]] = {}
+    for call in calls:
+        if call is not None:
+            found.setdefault(call["name"], set()).update(call["args"])
+    if 2 * sum(call is not None for call in calls) < len(calls):
+        return {}
+    return {name: sorted(arguments) for name, arguments in sorted(found.items())}
+
+
+def unknown_function(answer: str, known: Collection[str]) -> str | None:
+    """The name that a call gives, where no function of ``known`` has it; None for other answers."""
+    call = parse_call(answer)
+    return None if call is None or call["name"] in known else str(call["name"])
+
+
+def score_calls(predictions: Sequence[str], references: Sequence[str], known: Collection[str] = ()) -> dict[str, Array]:
     """Score predicted calls, each metric an array (rows,) with values in 0..1.
+
+    With ``known`` names also ``unknown_function_rate``: 1 for a call of a function that is not among them, nor called
+    by a reference: nothing can serve it.
 
     ``exact_match``: same name and the same arguments with the same types, in any order.
     ``function_accuracy``: same name. ``argument_f1``: 0 where the name is wrong. ``valid_json``: it parses as
@@ -82,6 +104,10 @@ def score_calls(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     scores: dict[str, Array] = {name: np.zeros(len(references)) for name in CALL_METRICS}
+    if known:
+        names = {*known, *functions_in(references)}
+        strange = [unknown_function(predicted, names) is not None for predicted in predictions]
+        scores["unknown_function_rate"] = np.array(strange, dtype=np.float64)
     for i, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
         wanted = parse_call(reference)
         if wanted is None:

@@ -22,7 +22,7 @@ ALLOWED = {
         "deploy", "evaluators", *SHARED, "compress.store",
         "compress.model.checkpoint", "compress.model.quantization.packing", "compress.model.quantization.layout",
         "compress.model.shapes",
-        "compress.yaml_reader", "compress.encoding",
+        "compress.yaml_reader", "compress.encoding", "compress.functions",
     ),
     "compress.data": (
         "compress.data", *SHARED, "compress.encoding", "compress.teachers", "compress.endpoint", "compress.execution",

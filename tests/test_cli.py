@@ -83,7 +83,7 @@ def test_failed_gate_gives_3(profile_path: Path, tmp_path: Path) -> None:
     assert "exact_match: at most 0.02 below the teacher" in message
     assert "The step that lost most is model.distillation.fake" in message
     (line,) = [line for line in result.stdout.splitlines() if "FAIL" in line]
-    assert "exact_match: how much lower than the teacher's is 0.25 (interval 0.125 to " in line
+    assert "exact_match: how much lower than the teacher's is 0.25 (interval 0.1405 to " in line
     assert "judged at its upper end" in line
     assert "allowed <= 0.02" in line
 

@@ -2,6 +2,7 @@
 """Runs the bundle that it lies in: answers a text, chats, measures speed, checks the files.
 
     python run.py "turn on the light"    one answer, as it comes; --raw: the text as it is, without the chat template
+                                         exit code 4: it calls a function that the table in bundle.json does not hold
     python run.py --chat                 a conversation
     python run.py --bench                one line of JSON: speed, memory; energy and temperature where the device tells
     python run.py --check                SHA-256 of every file against bundle.json
@@ -49,6 +50,7 @@ OPTIONS = {
     *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning", "session.intra_op_thread_affinities"),
 }
 BATCH, BATCH_BYTES = 32, 256 << 20  # answers that run together, at most, and the bytes of their keys and values
+NO_SUCH_FUNCTION = 4  # exit code of an answer that calls what the device does not have
 MOST_NEW_TOKENS = 256  # of an answer, where nothing is said
 ROOM = 512  # tokens of an answer that a KV cache has room for at first, where more are allowed
 NO_TOKEN = -1  # a padding token that no prompt has: the runtime would hide its positions
@@ -1257,14 +1259,51 @@ def attribute(value: Any, name: str) -> Any:
     return value.get(name, Undefined(name)) if isinstance(value, dict) else Undefined(name)
 
 
-def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> None:
-    """Say the continuation of ``ids`` piece by piece; Fault when they leave no room in the context."""
+def unserved(text: str, info: dict[str, Any]) -> str:
+    """Why nothing can serve the call that ``text`` is, by the bundle's table ``functions``; "" where nothing is wrong.
+
+    Texts that are no call, and bundles without a table, are not judged.
+    """
+    table = info.get("functions")
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    name, given = (call.get("name"), call.get("args")) if isinstance(call, dict) else (None, None)
+    if not isinstance(table, dict) or not table or not isinstance(name, str):
+        return ""
+    if name not in table:
+        return f"no such function: {plain(name)}; known: {', '.join(sorted(table))}"
+    arguments = table[name] if isinstance(table[name], list) else []
+    strange = sorted(set(given) - set(arguments)) if isinstance(given, dict) else []
+    known = ", ".join(sorted(arguments)) or "none"
+    return f"no such argument of {name}: {', '.join(map(plain, strange))}; known: {known}" if strange else ""
+
+
+def plain(word: str) -> str:
+    """A word that a model wrote, without what a terminal would act on, and not without end."""
+    return (word if word.isprintable() else json.dumps(word))[:80]
+
+
+def warn_unserved(text: str, info: dict[str, Any]) -> int:
+    """Tell on standard error when nothing can serve the call that ``text`` is; returns the exit code."""
+    reason = unserved(text, info)
+    if reason:
+        print(f"run.py: {reason}", file=sys.stderr, flush=True)
+    return NO_SUCH_FUNCTION if reason else 0
+
+
+def answer(runner: Runner, text: Text, ids: Sequence[int], max_new_tokens: int) -> str:
+    """Say the continuation of ``ids`` piece by piece, and return it; Fault when they leave no room in the context."""
     runner.check_room(ids)
     dialogue = Dialogue(runner)
     dialogue.read(ids, max_new_tokens)
     stream = text.stream()
+    said: list[str] = []
     for token in dialogue.tokens(max_new_tokens):
-        say(stream.decode(token))
+        said.append(stream.decode(token))
+        say(said[-1])
+    return "".join(said)
 
 
 class Conversation:
@@ -1300,7 +1339,7 @@ class Conversation:
         self.dialogue = Dialogue(self.runner)
 
 
-def chat(conversation: Conversation) -> None:
+def chat(conversation: Conversation, info: dict[str, Any]) -> None:
     """The loop of ``--chat``. Ctrl-C stops an answer, or the chat between answers, as Ctrl-D does; /new starts anew."""
     person = sys.stdin.isatty()
     say("Ctrl-C stops an answer, Ctrl-D ends, /new forgets the conversation.\n" * person)
@@ -1317,6 +1356,7 @@ def chat(conversation: Conversation) -> None:
         try:
             forgotten = conversation.ask(asked)
             say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
+            warn_unserved(conversation.turns[-1]["content"], info)
         except KeyboardInterrupt:
             conversation.restart()
             say("\n(stopped)\n")
@@ -1565,20 +1605,21 @@ def reason_of(error: Exception, bundle: Path) -> str:
     return f"{bundle}: its JSON is incomplete ({type(error).__name__}: {str(error)[:200]}). Copy the bundle again"
 
 
-def _converse(args: argparse.Namespace, info: dict[str, Any], settings: Settings) -> None:
-    """Serve, chat, or answer one text."""
+def _converse(args: argparse.Namespace, info: dict[str, Any], settings: Settings) -> int:
+    """Serve, chat, or answer one text; returns the exit code."""
     if args.serve:
         serve(Service(args.bundle, info, settings))
-        return
+        return 0
     runner = Runner(args.bundle, info, settings)
     text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
     if args.chat:
-        chat(Conversation(runner, text, head, args.max_new_tokens))
-        return
+        chat(Conversation(runner, text, head, args.max_new_tokens), info)
+        return 0
     asked = sys.stdin.read() if args.text == "-" else args.text
     ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
-    answer(runner, text, ids, args.max_new_tokens)
+    said = answer(runner, text, ids, args.max_new_tokens)
     say("\n")
+    return warn_unserved(said, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1600,13 +1641,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = bench(args.bundle, info, settings, lengths, bandwidth=not args.no_bandwidth)
             say(json.dumps(record, sort_keys=True) + "\n")
             return 0
-        _converse(args, info, settings)
+        return _converse(args, info, settings)
     except (Fault, RuntimeError, OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         print(f"run.py: error: {reason_of(error, args.bundle)}", file=sys.stderr)
         return error.code if isinstance(error, Fault) else 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from compress.context import StageContext, StageResult
 from compress.encoding import encode_text_prompt, load_tokenizer, sampled_texts, token_rows
 from compress.errors import ModelError, TargetError
 from compress.files import NOT_STATED, licence_of
+from compress.functions import functions_of
 from compress.json_reader import read_table
 from compress.model.checkpoint import METADATA_FILE, check_tokenizer, read_config
 from compress.model.shapes import architecture, parameter_count
@@ -61,11 +62,20 @@ def export(params: ExportParams, ctx: StageContext) -> StageResult:
         facts["gguf"] = _export_gguf(source, ctx.out / GGUF_FOLDER, str(facts["licence"]), result)
     if "onnx" in params.formats:
         facts |= _export_onnx(params, ctx, source, result)
+    facts |= _functions(params, ctx)
     bundle = write_bundle(ctx.out, facts)
     result.metrics["bundle_bytes"] = bundle.bytes
     if set(params.formats) != {"onnx"}:
         result.notes.append(_counted(bundle))
     return result
+
+
+def _functions(params: ExportParams, ctx: StageContext) -> dict[str, Any]:
+    """The table of functions for ``bundle.json``: as given, else as the data's rows call them; nothing without any."""
+    found = params.functions
+    if found is None and "data" in ctx.inputs:
+        found = functions_of(ctx.inputs["data"])
+    return {"functions": {name: sorted(found[name]) for name in sorted(found)}} if found else {}
 
 
 def _counted(bundle: Bundle) -> str:
