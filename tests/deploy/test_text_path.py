@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from compress.encoding import encode_prompt, encode_text_prompt, load_tokenizer
 from compress.errors import ModelError
 from deploy.bundle_runner import run
-from deploy.export import text_proof
+from deploy.export import gguf_tokenizer, text_proof
 from deploy.export.runtime_template import NotAlike, needs_no_trimming, runtime_form, tree
 from deploy.export.text_proof import TextPath, prove
 from deploy.export.tokenizer import write_tokenizer
@@ -317,3 +317,14 @@ def test_trimming_is_seen() -> None:
         runtime_form("{% if messages %}\n a\n{% endif %}\n", [], "model")
         == '{%- if messages -%}{{- " a\\n" -}}{%- endif -%}'
     )
+
+
+def test_a_gguf_file_holds_the_default_template_or_says_that_it_has_none(tmp_path: Path) -> None:
+    """gguf-named-templates."""
+    named = save(tmp_path / "named", byte_level(), {"default": CHATML, "tool_use": "TOOLS " + CHATML})
+    found = gguf_tokenizer.read(named, size=400)
+    assert found.chat_template == CHATML
+    assert any("named chat templates (default, tool_use) the default one is taken" in note for note in found.notes)
+    bare = gguf_tokenizer.read(save(tmp_path / "bare", byte_level(), None), size=400)
+    assert bare.chat_template is None
+    assert any("the model has no chat template" in note for note in bare.notes)
