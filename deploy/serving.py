@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from compress import processes
 from compress.errors import ModelError
 from compress.files import file_sha256
 from deploy.bundle import RUNNER, RUNNER_FILE
@@ -41,8 +41,8 @@ class BundleProcess:
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         self.folder = folder
-        command = [sys.executable, "-P", str(RUNNER), "--serve", "--bundle", str(folder.resolve())]
-        command += [] if threads is None else ["--threads", str(threads)]
+        command = processes.python(str(RUNNER), "--serve", "--bundle", str(folder.resolve()))
+        command = processes.tied(command + ([] if threads is None else ["--threads", str(threads)]))
         self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603 - a list, and our own script
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, encoding="utf-8"

@@ -31,7 +31,7 @@ _KNOWN_SPLITS = (
     rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_WORDS}",
 )
 _CLASS = re.compile(r"\\([pP])\{(\^?)([A-Za-z_]+)\}|\\([sSdDwWhH])|\[:(\^?)([a-z]+):\]|\\.|[\[\]]|&&", re.DOTALL)
-_DO = "Export it as gguf where llama.cpp knows it (--format gguf), or give the model a byte-pair tokenizer"
+_DO = "Give the model a byte-pair tokenizer, or leave out the format onnx: a GPTQ checkpoint takes any tokenizer"
 
 
 class Unknown(Exception):

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
+from compress import processes
 from compress.encoding import decode, encode_text_prompt, load_tokenizer
 from compress.errors import EdgestillError, ModelError
 from deploy.bundle import BUNDLE_FILE, GENAI_CONFIG, RUNNER, RUNNER_FILE
@@ -288,12 +288,16 @@ class _Device:
         (inner / BUNDLE_FILE).write_text(json.dumps({"text": entries}), encoding="utf-8")
         lines = "".join(json.dumps(request) + "\n" for request in requests)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        command = [sys.executable, "-P", str(inner / RUNNER_FILE), "--serve", "--threads", "1"]
-        done = subprocess.run(  # noqa: S603 - our own file and our own interpreter
-            command, input=lines, capture_output=True, text=True, encoding="utf-8", check=False, env=kept,
-            cwd=inner, timeout=SECONDS,
-        )  # fmt: skip
-        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        command = processes.tied(processes.python(str(inner / RUNNER_FILE), "--serve", "--threads", "1"))
+        try:
+            done = subprocess.run(  # noqa: S603 - our own file and our own interpreter
+                command, input=lines, capture_output=True, text=True, encoding="utf-8", check=False, env=kept,
+                cwd=inner, timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            got = f"run.py has not cut {len(requests)} texts within {SECONDS} s"
+            raise EdgestillError(str(self.source), got, do="Try again when the machine is less busy") from None
+        found = [json.loads(line) for line in done.stdout.split("\n") if line.startswith("{")]
         if done.returncode or len(found) != len(requests):
             if "cannot be opened" in done.stderr or not found:
                 return [{"error": done.stderr.strip()[-200:]}] * len(requests)
