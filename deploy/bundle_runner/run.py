@@ -1339,7 +1339,7 @@ class Conversation:
         self.dialogue = Dialogue(self.runner)
 
 
-def chat(conversation: Conversation, info: dict[str, Any]) -> None:
+def chat(conversation: Conversation) -> None:
     """The loop of ``--chat``. Ctrl-C stops an answer, or the chat between answers, as Ctrl-D does; /new starts anew."""
     person = sys.stdin.isatty()
     say("Ctrl-C stops an answer, Ctrl-D ends, /new forgets the conversation.\n" * person)
@@ -1356,7 +1356,7 @@ def chat(conversation: Conversation, info: dict[str, Any]) -> None:
         try:
             forgotten = conversation.ask(asked)
             say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
-            warn_unserved(conversation.turns[-1]["content"], info)
+            warn_unserved(conversation.turns[-1]["content"], conversation.runner.info)
         except KeyboardInterrupt:
             conversation.restart()
             say("\n(stopped)\n")
@@ -1613,7 +1613,7 @@ def _converse(args: argparse.Namespace, info: dict[str, Any], settings: Settings
     runner = Runner(args.bundle, info, settings)
     text, head = Text(runner), [{"role": "system", "content": args.system}] if args.system is not None else []
     if args.chat:
-        chat(Conversation(runner, text, head, args.max_new_tokens), info)
+        chat(Conversation(runner, text, head, args.max_new_tokens))
         return 0
     asked = sys.stdin.read() if args.text == "-" else args.text
     ids = text.raw(asked) if args.raw else text.chat([*head, {"role": "user", "content": asked}])
