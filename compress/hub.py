@@ -12,7 +12,7 @@ from typing import Any
 from compress import hub_cache
 from compress.errors import ModelError
 from compress.json_reader import read_table
-from compress.model.shapes import check_config
+from compress.model.shapes import check_context
 from compress.names import is_hub_name
 
 __all__ = ["config_at_hand", "is_hub_name", "is_whole", "local_folder", "read_config"]
@@ -39,7 +39,7 @@ def config_at_hand(spec: str) -> dict[str, Any] | None:
     """The model's ``config.json`` if it is on this machine.
 
     Raises:
-        ModelError: it is there and is no config of a supported model.
+        ModelError: it is there and is no model's config.
     """
     folder = local_folder(spec)
     if folder is None or not (folder / "config.json").is_file():
@@ -51,18 +51,18 @@ def foretelling_config(spec: str | None, stand_in: str | None) -> dict[str, Any]
     """The config of the model ``spec`` if it is on this machine, else the one in the file ``stand_in``, else None.
 
     Raises:
-        ModelError: it is there and is no config of a supported model.
+        ModelError: it is there and is no model's config.
     """
     config = config_at_hand(spec) if spec is not None else None
     return read_config(Path(stand_in)) if config is None and stand_in is not None else config
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A ``config.json`` of a supported model.
+    """A ``config.json``; whether the model is supported is asked by who needs more of it than its context.
 
     Raises:
-        ModelError: it cannot be read, or is none.
+        ModelError: it cannot be read, or its context is no size.
     """
     config = read_table(path, ModelError, allowed="a model's config.json")
-    check_config(config, where=str(path))
+    check_context(config, where=str(path))
     return config

@@ -125,6 +125,8 @@ def bench_plot(record: RunRecord) -> str:
     rows = []
     for seen in record["bench"]:
         speed, bound = seen["decode_tokens_per_s"], seen["read_bound_tokens_per_s"]
+        if speed is None:
+            continue
         share = f", {speed / bound:.0%} of the read bound" if bound else ""
         segments = (Segment("decode tokens/s", speed, "a" if seen["subject"] != "teacher" else "c"),)
         note = f"{number(speed)} tok/s{share}"

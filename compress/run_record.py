@@ -124,19 +124,19 @@ class GateRecord(TypedDict):
 
 
 class BenchRecord(TypedDict):
-    """Speed of one subject on one machine at stated lengths; medians over the repeats."""
+    """Speed of one subject on one machine at stated lengths; medians over the repeats; None is what was not told."""
 
     subject: str  # "teacher", "student", "bundle"
-    runtime: str  # "torch fp32", "onnxruntime-genai int4", ...
+    runtime: str | None  # "torch fp32", "onnxruntime-genai int4", ...
     device: str
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    warmup: int
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    first_token_s: float
+    threads: int | None
+    prompt_tokens: int | None
+    new_tokens: int | None
+    repeats: int | None
+    warmup: int | None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    first_token_s: float | None
     peak_memory_bytes: int | None
     weight_bytes: int | None  # read for every decoded token
     memory_bandwidth_bytes_per_s: float | None  # measured on this machine

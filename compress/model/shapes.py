@@ -106,6 +106,13 @@ def check_config(config: Mapping[str, Any], *, where: str = "config.json") -> No
         _check_quantization(config["quantization_config"], f"{where}: quantization_config")
 
 
+def check_context(config: Mapping[str, Any], *, where: str = "config.json") -> None:
+    """Raise ModelError unless the model's context, where ``config`` tells it, is a size."""
+    key = "max_position_embeddings"
+    if config.get(key) is not None:
+        required(config, key, int, where, ModelError, least=1, most=_MOST[key])
+
+
 def _check_quantization(settings: Mapping[str, Any], where: str) -> None:
     """Types of what `compress.model.quantization` reads; its exceptions are regular expressions over paths."""
     for key, least, most in (("bits", 1, 32), ("group_size", -1, 1 << 20)):

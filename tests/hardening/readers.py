@@ -118,12 +118,13 @@ def write(name: str, text: str) -> Callable[[Made, Path], Any]:
 def read_model(folder: Path, _: Made) -> None:
     from compress import hub
     from compress.model.checkpoint import load_model
-    from compress.model.shapes import parameter_count, shape_for_ratio
+    from compress.model.shapes import check_config, parameter_count, shape_for_ratio
     from compress.plans import Outside  # noqa: F401 - what a plan loads
     from deploy.sizing import Precision, estimate
     from deploy.targets import load_target
 
     config = hub.read_config(folder / "config.json")
+    check_config(config)
     parameter_count(config)
     estimate(config, Precision.of_checkpoint(folder, config), load_target("raspberry-pi-5"))
     shape_for_ratio(config, 0.2, axes=("heads", "ffn", "layers"))

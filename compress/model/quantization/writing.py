@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.errors import ModelError
-from compress.files import json_text, whole_file, write_whole
+from compress.files import plain_numbers, whole_file, write_whole
 from compress.model.checkpoint import GENERATION_FILE, METADATA_FILE, copy_tokenizer, declare_ends, write_json
 from compress.model.layers import LINEARS, linear_path, linears
 from compress.model.quantization.blocks import EMBEDDING, HEAD
@@ -176,7 +176,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, *, note: str |
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
     """Write ``value`` whole; the folder is made."""
-    write_whole(path, json_text(value))
+    write_whole(path, json.dumps(plain_numbers(value), allow_nan=False))  # in its order, which is read back
 
 
 def join(parts: Sequence[Path], path: Path) -> None:
