@@ -565,7 +565,7 @@ class Conversation:
         self.dialogue = Dialogue(self.runner)
 
 
-def chat(conversation: Conversation, info: dict[str, Any]) -> None:
+def chat(conversation: Conversation, info: dict[str, Any] | None = None) -> None:
     """The loop of ``--chat``. Ctrl-C stops an answer, or the chat between answers, as Ctrl-D does; /new starts anew."""
     person = sys.stdin.isatty()
     say("Ctrl-C stops an answer, Ctrl-D ends, /new forgets the conversation.\n" * person)
@@ -582,7 +582,7 @@ def chat(conversation: Conversation, info: dict[str, Any]) -> None:
         try:
             forgotten = conversation.ask(asked)
             say("\n" + (f"(the context is full: the oldest {forgotten} messages were forgotten)\n" * bool(forgotten)))
-            warn_unserved(conversation.turns[-1]["content"], info)
+            warn_unserved(conversation.turns[-1]["content"], info or {})
         except KeyboardInterrupt:
             conversation.restart()
             say("\n(stopped)\n")
