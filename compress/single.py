@@ -132,7 +132,8 @@ def _guessed(path: Path, stage: Stage, *, misread: str) -> str:
     slot = guess_slot(path)
     if slot != "data":
         return slot
-    return next((known for known in ROW_SLOTS if known in _slots(stage)), slot)
+    wanted = [known for slots in (stage.reads, stage.optional) for known in ROW_SLOTS if known in slots]
+    return wanted[0] if wanted else slot  # what the stage needs goes before what it may have
 
 
 def _slots(stage: Stage) -> tuple[str, ...]:

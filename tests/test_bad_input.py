@@ -235,7 +235,7 @@ def test_file_that_is_no_profile(place: Place, content: bytes, words: list[str])
 
 
 def test_known_metrics_are_those_that_are_measured() -> None:
-    assert METRICS["function_call"] == CALL_METRICS
+    assert METRICS["function_call"] == (*CALL_METRICS, "unknown_function_rate")
 
 
 def test_several_mistakes_are_one_message(place: Place) -> None:

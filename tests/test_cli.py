@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def test_export_writes_a_bundle_and_says_what_it_counts(exported: tuple[Result, 
     result, bundle = exported
     assert result.exit_code == 0, result.output
     size = sum(path.stat().st_size for path in bundle.iterdir() if path.is_file())
-    assert f"bundle_bytes: {size}\n" in result.stdout
+    assert re.search(rf"bundle_bytes +│ {size:,} ", result.stdout)
     assert "bundle_bytes counts the 6 files that go to the device" in result.stdout
     assert "gptq/ (gptq_bytes) is not needed there and not counted" in result.stdout
     assert result.stdout.endswith(f"wrote {bundle}\n")
@@ -407,7 +408,7 @@ def test_bench_times_a_bundle(exported: tuple[Result, Path], tmp_path: Path, mon
     short = ["--set", "prompt_tokens=4", "--set", "new_tokens=4", "--set", "repeats=1", "--threads", "1"]
     told = call("bench", exported[1], *short)
     assert told.exit_code == 0, told.output
-    assert "decode_tokens_per_s: " in told.stdout
+    assert re.search(r"decode_tokens_per_s +│ \d", told.stdout)
     result = call("bench", exported[1], *short, "--json")
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)["metrics"]
@@ -531,3 +532,19 @@ def test_a_profile_of_data_steps_with_a_teacher_that_only_answers(rows: Path, tm
     ]
     if recorded:
         assert call("run", profile, *store).exit_code == 0
+
+
+def test_a_step_prints_one_table_whatever_its_figures_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from compress import terminal
+
+    layers = {f"layer {at}": {"kl": at / 7, "bits": [4, 4, 8]} for at in range(300)}
+    metrics = {"loss": 1.25, "zero": -0.0, "layers": layers, "frontier": [{"kl": 1.0, "bytes": 3}] * 900,
+               "exact_match": {"mean": 1.0, "low": 0.884, "high": 1.0, "n": 30}, "note": "[red]x[/]" * 90}  # fmt: skip
+    terminal.show_figures(metrics, terminal.console())
+    shown = capsys.readouterr().out
+    assert len(shown) < 3000
+    assert "600 figures, with --json" in shown
+    assert "900 entries, with --json" in shown
+    assert "1 [0.884, 1]" in shown
+    assert "[red]x[/]" in shown
+    assert not re.search(r"-0\b", shown)
