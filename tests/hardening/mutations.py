@@ -209,15 +209,19 @@ def json_lines(seed: bytes, draw: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
+# Each only a little beyond the bounds, so that a renderer without any still ends in seconds and megabytes.
 TEMPLATES = (
-    "{{ 1/0 }}", "{% include 'x' %}", "{% import 'x' as y %}", "{% extends 'x' %}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**9 }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% set r = range(99999)|list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
-    "{% set n = namespace(x='abcdefgh') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-    "{% set n = namespace(x=['a']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x, n.x] %}{% endfor %}{{ n.x|tojson }}", "{{ 'x'|center(10**9) }}",
-    "{{ 'x'.ljust(10**9) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 10**1000000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ messages[0].__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ nothing.x.y }}", "{{ messages[99].content }}", "{% if %}", "{{", "{% for %}", "{{ " + "(" * 5000,
-    "{{ " + "-" * 5000 + "1 }}", "{{ lipsum(10**8) }}", "{{ '\\ud800' }}", "{{ messages|map(attribute='content')|join }}", "{{ messages|tojson }}", "{{ bos_token }}", "",
-    "{{ (['x' * 1000000] * 1000000)|join }}", "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}", "{{ range(10)|batch(10**9, 'x')|list }}", "{{ 'x'|indent(10**9) }}",
+    "{{ 1/0 }}", "{% include 'x' %}", "{% import 'x' as y %}", "{% extends 'x' %}", "{{ 'x' * 5000000 }}",
+    "{% for i in range(200000) %}x{% endfor %}", "{% for i in range(5000) %}{% for j in range(5000) %}{% endfor %}{% endfor %}",
+    "{% set r = range(5000)|list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='abcdefgh') %}{% for i in range(20) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "{% set n = namespace(x=['a']) %}{% for i in range(13) %}{% set n.x = [n.x, n.x, n.x] %}{% endfor %}{{ n.x|tojson }}",
+    "{{ 'x'|center(5000000) }}", "{{ 'x'.ljust(5000000) }}", "{{ '%5000000d' % 1 }}", "{{ '{:5000000}'.format(1) }}", "{{ 10**5000 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages[0].__class__.__mro__ }}", "{{ raise_exception('no') }}",
+    "{{ nothing.x.y }}", "{{ messages[99].content }}", "{% if %}", "{{", "{% for %}", "{{ " + "(" * 5000, "{{ " + "-" * 5000 + "1 }}",
+    "{{ lipsum(100) }}", "{{ '\\ud800' }}", "{{ messages|map(attribute='content')|join }}", "{{ messages|tojson }}", "{{ bos_token }}", "",
+    "{{ (['x' * 5000] * 5000)|join }}", "{{ ('x' * 5000).replace('x', 'y' * 5000) }}", "{{ range(10)|batch(5000000, 'x')|list }}",
+    "{{ 'x'|indent(5000000) }}",
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ messages|sort(attribute='content') }}", "{{ messages[0] + 1 }}", "{{ messages.append(1) }}",
     "{{ strftime_now('%Y' * 1000) }}", "{{ self }}", "{{ dict(a=1) }}", "{{ cycler(1, 2).next() }}", "{{ tools|length }}", "\x00", "{{ '\x00' }}", "{# " * 1000, "{% raw %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}", "{% generation %}x{% endgeneration %}", "{% break %}", "{{ messages[0].content.x() }}", "{{ 'a' in 5 }}", "{{ [] > {} }}",
