@@ -16,6 +16,8 @@ from tests.deploy.tools import rounded
 from tests.tiny import tiny_checkpoint
 
 IDS = [9, 8, 7, 6, 5, 11, 12]
+# On some processors the runtime adds up a product of one row in another order than that of several.
+ROUNDING = 2e-6
 
 
 def read(folder: Path, *, chunk: int | None = None) -> np.ndarray:
@@ -36,14 +38,14 @@ def test_what_ships_gives_the_last_position_and_the_copy_gives_all(bundle: Path,
     shipped, every = read(bundle), read(tmp_path)
     assert shipped.shape == (1, 320)
     assert every.shape == (len(IDS), 320)
-    assert np.array_equal(shipped[0], every[-1])
+    assert np.abs(shipped[0] - every[-1]).max() < ROUNDING
 
 
 def test_the_runner_reads_every_position_of_what_ships(bundle: Path) -> None:
     runner = GenaiRunner(bundle, threads=1)
     every = runner.logits(IDS)
     assert every.shape == (len(IDS), 320)
-    assert np.array_equal(every[-1], runner.next_logits(IDS))
+    assert np.abs(every[-1] - runner.next_logits(IDS)).max() < ROUNDING
 
 
 def test_a_prompt_read_in_chunks_gives_the_same_position(bundle: Path) -> None:
@@ -61,7 +63,7 @@ def test_every_position_can_be_exported(tmp_path: Path, arch: str, layers: int) 
         write_onnx(source, out, options=OnnxOptions(last_logits=last))
         found[last] = read(out)
     assert found[False].shape == (len(IDS), 320)
-    assert np.array_equal(found[False][-1:], found[True])
+    assert np.abs(found[False][-1:] - found[True]).max() < ROUNDING
     (tmp_path / "copy").mkdir()
     assert not every_position_copy(tmp_path / "last-False", tmp_path / "copy")
     assert not list((tmp_path / "copy").iterdir())
