@@ -1,6 +1,6 @@
 """What `plan` foretells of a stage against what it takes: seconds and peak memory, each stage in a process of its own.
 
-    PYTHONPATH=. python benchmarks/estimates.py [--shape smollm2-135m ...] [--stage export ...] [--threads 2]
+    python -m benchmarks.estimates [--shape smollm2-135m ...] [--stage export ...] [--threads 2]
 
 Random weights of the shapes named, rows of random words. "wall" is what `plan` promises and holds on a quiet machine
 only; "cpu" is the processor time of all threads over their number, which other work disturbs less. Memory is the

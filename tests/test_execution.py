@@ -129,7 +129,7 @@ def test_progress_counts_shards(capsys):
     seen = []
     progress = Progress(quiet=True)
     progress.draw = lambda bar, now, note: seen.append((bar.what, bar.done, bar.total))
-    progress.every_s = 0.0
+    progress.every_s = lambda passed: 0.0
     map_shards(squares, list(range(4)), shards=2, progress=progress, what="near duplicates")
     assert seen == [("near duplicates", 1, 2), ("near duplicates", 2, 2)]
 

@@ -52,7 +52,6 @@ REFUSED = {
         "the teacher is an endpoint",
     ),
     "an endpoint is rounded": ([ROUND], {"teacher": ENDPOINT}, "the teacher is an endpoint"),
-    "an endpoint is exported": ([], {"teacher": ENDPOINT, "export": "{}"}, "the teacher is an endpoint"),
     "an endpoint is measured": (
         ["data.selection: {method: dedup}"],
         {"teacher": ENDPOINT, **JUDGED},

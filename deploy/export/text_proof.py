@@ -281,7 +281,7 @@ class _Device:
 
         Raises EdgestillError when the process ends otherwise than it should.
         """
-        inner = Path(tempfile.mkdtemp(dir=self.folder))
+        inner = Path(tempfile.mkdtemp(dir=self.folder)).resolve()  # the process starts there
         write_tokenizer(self.source, inner, template=path.template, tokenizer=path.tokenizer)
         shutil.copyfile(RUNNER, inner / RUNNER_FILE)
         (inner / GENAI_CONFIG).write_text(json.dumps(_CONFIG), encoding="utf-8")

@@ -75,5 +75,5 @@ def test_a_plan_foretells_the_student(folder):
 def test_an_unreadable_tokenizer_is_refused(tmp_path):
     for text in ("{", "[]", '{"model": {}}'):
         (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
+        with pytest.raises(ModelError, match=r"tokenizer\.json: (cannot be read|a JSON list|no model.vocab)"):
             tokenizer_size(tmp_path)
