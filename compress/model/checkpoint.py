@@ -57,6 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         refuse_weights(folder)
     config = _read_json(path)
+    refuse_foreign(folder, config)
     check_config(config, where=str(path))
     return config
 
@@ -248,7 +249,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _check_tensors(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """Check names and shapes in the files' headers against the config; return the files."""
-    refuse_foreign(folder, config)
     if config.get("quantization_config"):
         from compress.model.quantization import packing
 
