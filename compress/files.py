@@ -7,6 +7,7 @@ how it reads and writes text. Imports nothing of ours and no package; knows noth
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -71,8 +72,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     one. What a kill left of it is written over by the next, and two writers take turns. The folder is made.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: the folder cannot be written, the disk is full, or ``path`` is a device or a pipe.
     """
+    if path.exists() and not path.is_file():  # root could put a file in the place of /dev/null
+        raise OSError(errno.EINVAL, "is no plain file, and so is not replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with _turn(temporary) as stream:

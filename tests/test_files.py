@@ -141,3 +141,12 @@ def test_an_empty_value_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 2, result.output
     assert "an empty value" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_plain_file_is_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="is no plain file"):
+        write_whole(pipe, "x")
+    assert pipe.is_fifo()
+    assert not list(tmp_path.glob(".*"))

@@ -196,7 +196,12 @@ def test_templates_render_as_the_library_renders_them(tmp_path: Path, template: 
 
 
 @pytest.mark.parametrize(
-    "template", [text for text in TEMPLATES if re.search(r"10 ?\*\*|5000\)|200000|\(20\) %|\(13\) %|000000|1/0|include|f\(\)|5000\]", text)]
+    "template",
+    [
+        text
+        for text in TEMPLATES
+        if re.search(r"10 ?\*\*|5000\)|200000|\(20\) %|\(13\) %|000000|1/0|include|f\(\)|5000\]", text)
+    ],
 )
 def test_templates_without_end_are_refused(template: str) -> None:
     start = time.thread_time()

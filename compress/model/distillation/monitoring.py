@@ -25,13 +25,17 @@ TIMED = "tokens_per_s"  # the one figure of a line that is not the same in every
 class TrainLog:
     """JSON lines: step, loss, ce, kl (nats per target token), learning_rate, tokens_per_s, at times validation_*."""
 
-    def __init__(self, path: Path, *, step: int, state: Mapping[str, float] | None = None) -> None:
-        """Begin, or go on after ``step`` with the ``state`` of the checkpoint; later lines are cut off."""
+    def __init__(self, path: Path | None, *, step: int, state: Mapping[str, float] | None = None) -> None:
+        """Begin, or go on after ``step`` with the ``state`` of the checkpoint; later lines are cut off.
+
+        Without a ``path``, as in a process beside the first, it counts and writes nothing.
+        """
         self.path = path
         self.sums = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "positions": 0.0} | dict(state or {})
         self.seconds, self.tokens = 0.0, 0  # of this process since the last line
         self.total_seconds, self.total_tokens = 0.0, 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path is None:
+            return
         kept = [line for line in _lines(path) if line["step"] <= step] if step else []
         write_whole(path, "".join(json_text(line) + "\n" for line in kept))
 
@@ -52,8 +56,9 @@ class TrainLog:
             entry |= {name: self.sums[name] / positions for name in ("loss", "ce", "kl")}
         if self.seconds > 0:
             entry[TIMED] = round(self.tokens / self.seconds, 1)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_text(entry) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json_text(entry) + "\n")
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.seconds, self.tokens = 0.0, 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,7 +222,7 @@ def _follow(team: Team, job: _Job) -> None:
     """`train` in a process beside the first, which writes nothing."""
     job = replace(job, ctx=replace(job.ctx, progress=Progress(quiet=True)))
     with _as_told(job.ctx, job.settings):
-        _Run(job, team, Path(os.devnull)).finish()
+        _Run(job, team, None).finish()
 
 
 @contextmanager
@@ -251,7 +250,7 @@ class _Run:
         self,
         job: _Job,
         team: Team,
-        log_path: Path,
+        log_path: Path | None,
         *,
         source: BatchSource | None = None,
         loss_module: LossModule | None = None,
